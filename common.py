@@ -1,0 +1,418 @@
+"""Datasets and evaluation for dac.py, qdq.py and cped.py; nothing else lives here.
+
+`load_dataset(env, data)` returns the arrays of a dataset and the plain facts about it (`info`); `evaluate(act, info)` plays
+whole episodes. Who copies an algorithm file into another project replaces these two functions.
+
+Shapes: N transitions, S observation dimension, A action dimension, E episodes. Actions are in [-1, 1] on both sides.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import importlib.metadata
+import os
+import re
+import sys
+import threading
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import pooch
+import requests
+import torch
+
+# D4RL's reference returns (random policy, expert policy), the same for every dataset version.
+REFERENCE_RETURNS = {
+    "hopper": (-20.272305, 3234.3),
+    "halfcheetah": (-280.178953, 12135.0),
+    "walker2d": (1.629008, 4592.3),
+    "antmaze": (0.0, 1.0),
+}
+# The -v4 models and rewards are those of D4RL's -v2 data; MuJoCo is pinned below 3.5, which changed Hopper's contacts.
+EVALUATION_ENVS = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
+ANTMAZE_FILES = {
+    "umaze": "u-maze_noisy_multistart_False_multigoal_False_sparse",
+    "umaze-diverse": "u-maze_noisy_multistart_True_multigoal_True_sparse",
+    "medium-play": "big-maze_noisy_multistart_True_multigoal_False_sparse",
+    "medium-diverse": "big-maze_noisy_multistart_True_multigoal_True_sparse",
+    "large-play": "hardest-maze_noisy_multistart_True_multigoal_False_sparse",
+    "large-diverse": "hardest-maze_noisy_multistart_True_multigoal_True_sparse",
+}
+ROBOTS, QUALITIES = ("hopper", "halfcheetah", "walker2d"), ("medium", "medium-replay", "medium-expert")
+TASKS = [f"{robot}-{quality}" for robot in ROBOTS for quality in QUALITIES] + [f"antmaze-{maze}" for maze in ANTMAZE_FILES]
+# SHA-256 of every D4RL file, as pinned by TensorFlow Datasets.
+D4RL_SHA256 = {
+    "hopper-medium-v2": "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0",
+    "hopper-medium-replay-v2": "e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b",
+    "hopper-medium-expert-v2": "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26",
+    "halfcheetah-medium-v2": "41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0",
+    "halfcheetah-medium-replay-v2": "48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683",
+    "halfcheetah-medium-expert-v2": "015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06",
+    "walker2d-medium-v2": "cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda",
+    "walker2d-medium-replay-v2": "e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db",
+    "walker2d-medium-expert-v2": "6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04",
+    "antmaze-umaze-v0": "188838316eab5882fa0e1dc8398b5e79772f64f27f0b78d6aebe838402a720c6",
+    "antmaze-umaze-diverse-v0": "4aff7f77b97a8dd62e513cac8f57da7cdb458cfac7ac0cec3081b7765f2da59d",
+    "antmaze-medium-play-v0": "527385c14b87892e8c222c43246546d6cd461fa2a5476d0b3b105ae422b7637c",
+    "antmaze-medium-diverse-v0": "b77764cac90c23e09905539c49ceb3949b49c5b39eb9d51788cc64b9dd0a2c0d",
+    "antmaze-large-play-v0": "e37afef5b80b968b30cad2682f9a93ee1b400e3b58c7a7f45e7d425d03a2b03d",
+    "antmaze-large-diverse-v0": "dda7acbdde1a94a14aa7b06a7e5d8141e60a03ccdc4578bff34b0444425bf11d",
+    "antmaze-umaze-v2": "5ef15257771c50ef4d23c7de001750e96c8bb5d9b6a5e4a821dcfb3065fbd130",
+    "antmaze-umaze-diverse-v2": "c771dd63963cd7d9f55f24a6d809064f6b82250a6aeac4c9d13f9a1d06e8c932",
+    "antmaze-medium-play-v2": "c9fec1c1daad97c71d61bd47f4ccc9f74faa855b8a2d2e8107d5378018827e5b",
+    "antmaze-medium-diverse-v2": "ad9dcbac05d1f8744a7a216083f513662f43f64f28a4a5eb225e9811902dfae7",
+    "antmaze-large-play-v2": "6d353df2457829925d7f9d4b0215587469908bd57478ea76f16417cfa944f471",
+    "antmaze-large-diverse-v2": "84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284",
+}
+MIRRORS = (  # in this order; the first keeps D4RL's folders, the second has all files in one
+    lambda path: f"http://rail.eecs.berkeley.edu/datasets/offline_rl/{path}",
+    lambda path: f"https://huggingface.co/datasets/imone/D4RL/resolve/main/{path.split('/')[-1]}",
+)
+MINARI_HUB = "https://huggingface.co/datasets/farama-minari"
+TIMEOUT = 7.0  # seconds after which a silent server counts as dead: two mirrors stay below 15
+BUNDLED = Path(__file__).resolve().parent / "benchmarks" / "data"
+KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
+
+
+class UserError(Exception):
+    """Something the user can put right, in one sentence: what is wrong, where, what to do."""
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status  # exit status: 2 for a mistyped command, 1 for the rest
+
+
+# ------------------------------------------------------------------------------------------------------------ datasets
+
+
+def load_dataset(env: str, data: str = "auto", need_env: bool = True) -> tuple[dict[str, np.ndarray], dict]:
+    """Finds, checks and loads the dataset of a task.
+
+    env: a task (`TASKS`, with or without version), a Minari id or, with a file as data, any Gymnasium id.
+    data: auto | d4rl | minari | bundled, or the path of an HDF5 or NPZ file in D4RL's layout.
+    need_env: whether there must be an environment to evaluate in.
+
+    Returns float32 arrays obs [N, S], act [N, A], rew [N], next_obs [N, S], not_done [N] and bool ends [N] (the last
+    transition of each trajectory), and `info`: identity, counts, mean return and score, evaluation environment.
+    """
+    if data.lower().endswith((".hdf5", ".h5", ".npz")):
+        path, name = Path(data), f"file/{Path(data).name}"
+        raw, facts = read_file(path), task_facts(env, need_env)
+    elif data == "minari" or (data == "auto" and "/" in env):
+        raw, path, facts = load_minari(env)
+        name = f"minari/{env}"
+    elif data in ("auto", "d4rl", "bundled"):
+        path, name = find_file(d4rl_name(env), data)
+        raw, facts = read_file(path), task_facts(env, need_env)
+    else:
+        raise UserError(f"--data {data}: neither auto, d4rl, minari or bundled nor an .hdf5 or .npz file", status=2)
+    digest = sha256(path)
+    official = [f"d4rl/{task}" for task, checksum in D4RL_SHA256.items() if checksum == digest]
+    check(raw, facts, path)
+    arrays, counts = to_transitions(raw)
+    low, high = np.asarray(facts["act_low"]), np.asarray(facts["act_high"])
+    arrays["act"] = ((arrays["act"] - (low + high) / 2) / ((high - low) / 2)).astype(np.float32)
+    info = {"id": (official or [name])[0], "file": str(path), "sha256": digest} | facts | counts
+    info["mean_score"] = None if info["ref_min"] is None else float(normalized_score(info["mean_return"], info))
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
+    info["versions"] = {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
+    return arrays, info
+
+
+def strip_version(env: str) -> str:
+    return re.sub(r"-v\d+$", "", env)
+
+
+def d4rl_name(env: str) -> str:
+    """hopper-medium -> hopper-medium-v2; an unknown task is an error that names the nearest ones."""
+    name = env if env in D4RL_SHA256 else f"{env}-v2"
+    if name not in D4RL_SHA256:
+        near = difflib.get_close_matches(strip_version(env), TASKS) or TASKS
+        raise UserError(f"--env {env}: unknown task; did you mean {', '.join(near)}?", status=2)
+    return name
+
+
+def task_facts(env: str, need_env: bool) -> dict:
+    """Evaluation environment, sizes and reference returns of a task or a Gymnasium id."""
+    robot = strip_version(env).split("-")[0] if strip_version(env) in TASKS else None
+    env_id = EVALUATION_ENVS.get(robot) if robot else env
+    ref_min, ref_max = REFERENCE_RETURNS.get(robot, (None, None))
+    if not need_env:
+        return {"env": None, "ref_min": ref_min, "ref_max": ref_max, "obs_dim": None, "act_low": -1.0, "act_high": 1.0}
+    if env_id not in gym.registry:
+        near = ", ".join(difflib.get_close_matches(env, [*TASKS, *gym.registry])) or "none"
+        reason = "has no evaluation environment here" if robot else f"is no task and no Gymnasium id (near it: {near})"
+        raise UserError(f"--env {env} {reason}; --no-eval trains without an environment", status=2)
+    return {"env": env_id, "ref_min": ref_min, "ref_max": ref_max} | env_facts(env_id)
+
+
+def env_facts(env: str) -> dict:
+    with make_env({"env": env}) as built:
+        box = built.unwrapped.action_space
+        return {"obs_dim": built.observation_space.shape[0], "act_low": box.low.tolist(), "act_high": box.high.tolist()}
+
+
+def sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def find_file(task: str, data: str) -> tuple[Path, str]:
+    """File and dataset id of a D4RL task: from the cache, a mirror or, with no network or on request, bundled."""
+    name, path = strip_version(task), d4rl_path(task)
+    bundled = BUNDLED / f"{name}.hdf5"
+    if data == "bundled":
+        if not bundled.exists():
+            have = ", ".join(sorted(file.stem for file in BUNDLED.glob("*.hdf5"))) or "none"
+            raise UserError(f"--data bundled: no sample of {name} comes along, only of: {have}", status=2)
+        return bundled, f"bundled/{name}"
+    # The D4RL package's own folder and file names: what it downloaded is found, and what we download it will find.
+    cache = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+    target = cache / path.split("/")[-1]
+    if target.exists():
+        if sha256(target) != D4RL_SHA256[task]:
+            raise UserError(f"{target} is not D4RL's {task}: delete it to download that, or use it with --data {target}")
+        return target, f"d4rl/{task}"
+    failures, silent = [], True
+    for url in [mirror(path) for mirror in MIRRORS]:
+        if not answers(url):
+            failures.append(f"{url}: no answer")
+            continue
+        silent = False
+        try:
+            loader = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT, chunk_size=1 << 18)
+            pooch.retrieve(url, f"sha256:{D4RL_SHA256[task]}", target.name, cache, downloader=loader)  # atomic
+            return target, f"d4rl/{task}"
+        except (requests.RequestException, ValueError) as error:  # ValueError: another file than D4RL's
+            failures.append(f"{url}: {str(error).splitlines()[0]:.200}")
+        except OSError as error:
+            raise UserError(f"cannot write {target}: {error.strerror}; D4RL_DATASET_DIR names another folder") from None
+    if data == "auto" and silent and bundled.exists():
+        line = "!" * 100
+        print(f"{line}\n!! NO NETWORK for D4RL's {task}: this run uses the small BUNDLED sample instead.", file=sys.stderr)
+        print(f"!! Its scores are not D4RL scores. --data d4rl insists on D4RL's file.\n{line}", file=sys.stderr)
+        return bundled, f"bundled/{name}"
+    fetch = "\n".join(f"  curl -L -o {target} {mirror(path)}" for mirror in MIRRORS)
+    hint = "\nor train on the small sample with --data bundled" if bundled.exists() else ""
+    raise UserError(f"{target} does not exist and cannot be downloaded ({'; '.join(failures)}); get it by\n{fetch}{hint}")
+
+
+def answers(url: str) -> bool:
+    """Whether anything answers within TIMEOUT; in a thread, because a name look-up has no time limit of its own."""
+    responses = []
+
+    def ask() -> None:
+        with contextlib.suppress(requests.RequestException):
+            responses.append(requests.head(url, timeout=TIMEOUT, allow_redirects=True))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT)
+    return bool(responses)
+
+
+def d4rl_path(task: str) -> str:
+    """Path of a task's file below D4RL's root."""
+    robot, quality = strip_version(task).split("-", 1)
+    if robot != "antmaze":
+        return f"gym_mujoco_v2/{robot}_{quality.replace('-', '_')}-v2.hdf5"
+    file = f"Ant_maze_{ANTMAZE_FILES[quality]}"
+    return f"ant_maze_v2/{file}_fixed.hdf5" if task.endswith("-v2") else f"ant_maze_new/{file}.hdf5"
+
+
+def read_file(path: Path) -> dict[str, np.ndarray]:
+    """Raw arrays of a file in D4RL's flat layout: `KEYS` and, where there, next_observations."""
+    wanted = (*KEYS, "next_observations")
+    try:
+        if path.open("rb").read(512).lstrip().startswith(b"<"):
+            raise UserError(f"{path} is a web page, not a dataset: download it again")
+        if zipfile.is_zipfile(path):
+            with np.load(path, allow_pickle=False) as file:
+                return {key: file[key] for key in wanted if key in file}
+        with h5py.File(path, "r") as file:
+            return {key: file[key][()] for key in wanted if isinstance(file.get(key), h5py.Dataset)}
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist", status=2) from None
+    except Exception as error:  # a damaged file can fail anywhere in h5py and zipfile
+        raise UserError(f"{path} is no HDF5 or NPZ file, or a damaged one ({error!r:.200})") from None
+
+
+def load_minari(dataset_id: str) -> tuple[dict[str, np.ndarray], Path, dict]:
+    """Raw arrays, data file and facts of a Minari dataset, local or downloaded; reference returns only if it has its own."""
+    import minari  # here, because few runs need it and it takes a while
+
+    if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", dataset_id):
+        raise UserError(f"--env {dataset_id}: a Minari id looks like mujoco/hopper/medium-v0", status=2)
+    try:
+        if dataset_id not in minari.list_local_datasets():
+            if not answers(MINARI_HUB):  # Minari's own download would wait for ever
+                raise UserError(f"{dataset_id} is not among the local Minari datasets, and {MINARI_HUB} does not answer")
+            minari.download_dataset(dataset_id)
+        dataset = minari.load_dataset(dataset_id)
+    except UserError:
+        raise
+    except Exception as error:  # Minari's storages and remotes raise types of their own
+        raise UserError(f"Minari cannot load {dataset_id} ({error!r:.300})") from None
+    metadata = dataset.storage.metadata
+    spec = gym.envs.registration.EnvSpec.from_json(metadata.get("eval_env_spec") or metadata["env_spec"])
+    known = gym.registry.get(spec.id)
+    if known is None or known.entry_point != spec.entry_point or spec.additional_wrappers:
+        raise UserError(f"{dataset_id} wants the environment {spec.id}, which is not registered with Gymnasium like that")
+    columns = []
+    for e in dataset.iterate_episodes():  # T + 1 observations: the last one is the true next observation
+        obs = flatten(dataset.observation_space, e.observations)
+        columns.append((obs[:-1], e.actions, e.rewards, e.terminations, e.truncations, obs[1:]))
+    raw = dict(zip((*KEYS, "next_observations"), map(np.concatenate, zip(*columns))))
+    facts = {"env": spec.to_json(), "ref_min": metadata.get("ref_min_score"), "ref_max": metadata.get("ref_max_score")}
+    return raw, Path(dataset.storage.data_path) / "main_data.hdf5", facts | env_facts(facts["env"])
+
+
+def flatten(space: gym.Space, values) -> np.ndarray:
+    """gymnasium.spaces.flatten for a batch: the entries of a dictionary side by side, in the space's order."""
+    if isinstance(space, gym.spaces.Dict):
+        return np.concatenate([flatten(part, values[key]) for key, part in space.items()], axis=1)
+    return np.asarray(values).reshape(len(values), -1)
+
+
+def check(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
+    """One sentence about the first thing that is wrong with the raw arrays; [N, 1] columns become [N]."""
+    if missing := [key for key in KEYS if key not in raw]:
+        raise UserError(f"{path} lacks {', '.join(missing)}: it must hold {', '.join(KEYS)}")
+    rows = raw["actions"].shape[:1]
+    for key in KEYS[2:]:
+        raw[key] = raw[key].squeeze(1) if raw[key].shape == (*rows, 1) else raw[key]
+    for key, array in raw.items():
+        if array.shape[:1] != rows or array.ndim != (1 if key in KEYS[2:] else 2) or array.dtype.kind not in "fiub":
+            raise UserError(f"{path}: {key} has type {array.dtype} and shape {array.shape}, beside {rows[0]} actions")
+        if not np.isfinite(array).all():
+            raise UserError(f"{path}: {key} has NaN or infinity in row {np.argwhere(~np.isfinite(array))[0][0]}")
+    sizes, env_sizes = [raw[key].shape[1] for key in KEYS[:2]], [facts["obs_dim"], np.size(facts["act_low"])]
+    if facts["env"] and sizes != env_sizes:
+        raise UserError(f"{path}: sizes of observation and action are {sizes}, but {env_sizes} where --env evaluates")
+    margin = 1e-5  # rounding of an action that was stored in another precision
+    outside = (raw["actions"] < np.asarray(facts["act_low"]) - margin) | (raw["actions"] > np.asarray(facts["act_high"]) + margin)
+    if outside.any():
+        raise UserError(f"{path}: the action in row {np.argwhere(outside)[0][0]} is outside the box of the environment")
+    if not (raw["terminals"].astype(bool) | raw["timeouts"].astype(bool)).any():
+        raise UserError(f"{path}: not one whole episode, for there is neither a terminal nor a timeout in {rows[0]} rows")
+
+
+def to_transitions(raw: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict]:
+    """D4RL's Q-learning view (d4rl.qlearning_dataset) and the counts that describe the file.
+
+    A timeout is not a terminal. Without next_observations the next observation is the following row's, so rows cut by a
+    timeout and the last row are dropped; at a terminal it is another episode's first, which not_done = 0 hides.
+    """
+    obs, terminal, timeout = (raw[key] for key in ("observations", "terminals", "timeouts"))
+    terminal, timeout = terminal.astype(bool), timeout.astype(bool)
+    if "next_observations" in raw:
+        next_obs, keep = raw["next_observations"], np.ones(len(obs), bool)
+    else:
+        next_obs, keep = np.roll(obs, -1, axis=0), ~timeout
+        keep[-1] = False
+    arrays = {"obs": obs, "act": raw["actions"], "rew": raw["rewards"], "next_obs": next_obs, "not_done": ~terminal}
+    arrays = {key: np.ascontiguousarray(array[keep], dtype=np.float32) for key, array in arrays.items()}
+    ends = (terminal | timeout)[keep]
+    ends[:-1] |= np.linalg.norm(arrays["obs"][1:] - arrays["next_obs"][:-1], axis=1) > 1e-6
+    ends[-1:] = True
+    stops = np.flatnonzero(terminal | timeout) + 1  # whole episodes only: an unfinished tail has no return
+    returns = np.add.reduceat(raw["rewards"].astype(np.float64)[: stops[-1]], np.r_[0, stops[:-1]])
+    counts = {
+        "rows": len(obs),
+        "transitions": int(keep.sum()),
+        "dropped": int((~keep).sum()),
+        "episodes": len(stops),
+        "terminals": int(terminal.sum()),
+        "timeouts": int(timeout.sum()),
+        "mean_return": float(returns.mean()),
+    }
+    return arrays | {"ends": ends}, counts
+
+
+def describe(info: dict) -> str:
+    """What every run prints first: which data this is, and where the policy is evaluated."""
+    score = "no reference returns" if info["mean_score"] is None else f"normalised score {info['mean_score']:.1f}"
+    counts = ("rows", "dropped", "transitions", "episodes", "terminals", "timeouts")
+    versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
+    return (
+        f"dataset     {info['id']} (SHA-256 {info['sha256'][:12]}, {info['file']})\n"
+        f"            {', '.join(f'{info[name]:,} {name}' for name in counts)}\n"
+        f"            mean episode return {info['mean_return']:.1f}, {score}\n"
+        f"evaluation  {env_spec(info['env']).id if info['env'] else 'none'} ({versions})"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def env_spec(env: str) -> gym.envs.registration.EnvSpec:
+    """`info["env"]` is a Gymnasium id or, from Minari, the JSON of an environment's specification."""
+    return gym.envs.registration.EnvSpec.from_json(env) if env.startswith("{") else gym.spec(env)
+
+
+def make_env(info: dict, **kwargs) -> gym.Env:
+    """The evaluation environment of a dataset: observations flat in the order of `flatten`, actions in [-1, 1]."""
+    with warnings.catch_warnings(action="ignore"):  # that there are newer ids than -v4
+        env = gym.make(env_spec(info["env"]), **kwargs)
+    if env.spec.max_episode_steps is None:
+        raise UserError(f"{env.spec.id} has no time limit, so its episodes may never end")
+    if not isinstance(env.action_space, gym.spaces.Box) or not env.action_space.is_bounded():
+        raise UserError(f"{env.spec.id}: the action space is {env.action_space}, but only bounded boxes will do")
+    return gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
+
+
+def normalized_score(returns, info: dict):
+    """D4RL's score of undiscounted returns: 0 is the random policy, 100 the expert."""
+    return 100 * (np.asarray(returns) - info["ref_min"]) / (info["ref_max"] - info["ref_min"])
+
+
+def evaluate(act: Callable, info: dict, episodes: int, seed: int) -> dict[str, np.ndarray]:
+    """Plays whole episodes side by side, with one call of `act` per step for all of them.
+
+    act: observations [E, S] -> actions [E, A] in [-1, 1]. Episode i is reset with seed + i. An environment whose episode is
+    over is reset by Gymnasium and runs on, but counts no more: each episode counts once and whole. The random numbers of
+    `act` depend on `seed` alone, and the caller's random streams are left as they were.
+
+    Returns return [E], episode_length [E] and, where the dataset has reference returns, normalized_score [E].
+    """
+    envs = gym.vector.SyncVectorEnv([lambda: make_env(info)] * episodes)
+    returns, lengths, running = np.zeros(episodes), np.zeros(episodes), np.ones(episodes, bool)
+    with contextlib.closing(envs), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        obs, _ = envs.reset(seed=[seed + i for i in range(episodes)])
+        while running.any():
+            obs, reward, terminated, truncated, _ = envs.step(act(obs.astype(np.float32)))
+            returns += reward * running
+            lengths += running
+            running &= ~(terminated | truncated)
+    result = {"return": returns, "episode_length": lengths}
+    return result if info["ref_min"] is None else result | {"normalized_score": normalized_score(returns, info)}
+
+
+def record_video(act: Callable, info: dict, path: Path, seed: int) -> float:
+    """Films the episode that is reset with `seed`; returns its return."""
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # must be set before the first rendering: there is no screen
+    import imageio.v2 as imageio
+
+    total, over = 0.0, False
+    try:
+        with make_env(info, render_mode="rgb_array") as env, imageio.get_writer(path, fps=env.metadata["render_fps"]) as film:
+            obs, _ = env.reset(seed=seed)
+            while not over:
+                obs, reward, terminated, truncated, _ = env.step(act(obs[None].astype(np.float32))[0])
+                film.append_data(env.render())
+                total, over = total + float(reward), terminated or truncated
+    except Exception as error:  # OpenGL, ffmpeg and the disk fail in ways of their own
+        raise UserError(f"cannot film {path} ({error!r:.200}); without a screen, set MUJOCO_GL to egl or osmesa") from None
+    return total

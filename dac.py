@@ -1,0 +1,560 @@
+"""DAC: Diffusion Actor-Critic (Fang, Liu, Zhang, Wang, Jing; ICLR 2025; arXiv:2405.20555).
+
+KL-constrained policy iteration is solved by pi_beta(a|s) exp(Q(s,a) / eta). Noised, that is a diffusion model whose noise
+predictor is the data's minus sqrt(1 - alpha_bar_t) grad_a Q / eta: so the actor is trained by regression on noise plus a
+guidance term, and never by back-propagation through the sampling chain.
+
+    python dac.py --env hopper-medium                # the published settings, on CUDA where there is one
+    python dac.py --env hopper-medium --quick        # small protocol for a laptop: five minutes on two cores
+    python dac.py --env hopper-medium --resume       # go on with the newest run of this task and seed, exactly
+    python dac.py --eval-only runs/hopper-medium/dac/seed0-20260101-120000/checkpoint.pt --episodes 100
+
+Where the paper and the authors' code differ we follow the code, which made the published numbers:
+ 1. The optimum of eta |eps_net - eps|^2 + sqrt(1 - alpha_bar) <eps_net, grad Q> is at grad Q / (2 eta), where Theorem 2
+    has grad Q / eta: eta absorbs the factor 2.
+ 2. Losses are means over batch and action dimensions, not sums over dimensions; b has its meaning only with that.
+ 3. Guidance is the gradient of the mean of the target critics, divided by the batch mean of |Q|.
+ 4. N next actions per transition, reduced per critic (mean; max on AntMaze), where Algorithm 1 draws one.
+ 5. The step of eta is at most eta_lr, eta stays in [eta_min, eta_max], and it uses the loss before the actor's step.
+ 6. Critic targets move before the actor's step, the actor's target only every fifth update and only after 1000.
+ 7. Reverse steps have variance beta_t and clip the predicted action to [-1, 1] each time.
+ 8. Evaluation takes the best of 10 samples of the online actor by the mean of the target critics.
+ 9. Rewards are multiplied by 1000 / (range of trajectory returns), on AntMaze too, without the usual shift by -1.
+"""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common import UserError, describe, evaluate, load_dataset, record_video, strip_version
+
+ALGORITHM = "dac"
+PER_CALL = ("resume", "eval_only", "episodes", "video", "run_dir")  # arguments that are no part of a run
+EVAL_COLUMNS = ("eval/return", "eval/normalized_score", "eval/episode_length")
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+@dataclass
+class Args:
+    # run
+    env: str = "hopper-medium"  # task, Minari id (mujoco/hopper/medium-v0) or, with a file as data, any Gymnasium id
+    data: str = "auto"  # auto, d4rl, minari, bundled, or the path of an HDF5 or NPZ file in D4RL's layout
+    seed: int = 0  # seed of initialisation, batches and noise; evaluation has seeds of its own
+    device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
+    total_steps: int = 2_000_000  # updates, also the length K of the cosine schedules
+    batch_size: int = 256  # transitions per update, B
+    eval_every: int = 10_000  # updates between evaluations, beginning before the first update
+    eval_episodes: int = 10  # episodes per evaluation
+    log_every: int = 1_000  # updates between log rows, which show the newest minibatch
+    checkpoint_every: int = 10_000  # updates between checkpoints
+    run_dir: Path = Path("runs")  # root folder of all runs
+    # go on from this checkpoint or run folder; without PATH from the newest run of this task and seed
+    resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[PATH]")] = None
+    eval_only: Path | None = None  # checkpoint to evaluate without any training
+    episodes: int | None = None  # episodes of --eval-only, by default as many as an evaluation of the run had
+    video: Path | None = None  # file for a video of one episode, with --eval-only
+    eval: bool = True  # --no-eval trains without an environment
+    compile: bool = False  # compile the losses with torch.compile
+    quick: bool = False  # a small protocol, ours and not the paper's, for a machine without a GPU
+
+    # data
+    # return_range: 1000 r / (largest - smallest trajectory return), as published; minus_one: r - 1
+    reward_transform: Literal["return_range", "minus_one", "none"] = "return_range"
+
+    # optimisation
+    discount: float = 0.99  # gamma
+    actor_lr: float = 3e-4  # Adam step size of the actor, cosine to 0
+    critic_lr: float = 3e-4  # Adam step size of the critics, cosine to 0
+    max_grad_norm: float = 1.0  # largest global gradient norm, of the actor and of all critics together
+    tau: float = 0.005  # rate of the target networks
+    actor_target_every: int = 5  # updates between steps of the actor's target
+    actor_target_start: int = 1_000  # the actor's target moves only after this update
+    hidden_dim: int = 256  # width of the three hidden layers of all networks
+
+    # algorithm
+    diffusion_steps: int = 5  # T
+    beta_min: float = 0.1  # b_min of the variance-preserving schedule
+    beta_max: float = 10.0  # b_max of the variance-preserving schedule
+    num_critics: int = 10  # H
+    num_next_actions: int = 10  # next actions per transition in the critic target, N
+    next_action_reduce: Literal["mean", "max"] = "mean"  # how a critic's N values become one
+    q_target: Literal["lcb", "min"] = "lcb"  # how the H values become one: mean - rho std, or min as in the ablation
+    rho: float = 1.0  # width of the lower confidence bound in standard deviations over the critics
+    guidance: bool = True  # --no-guidance leaves behaviour cloning by the same network
+    eta: float = 1.0  # initial weight of the behaviour term
+    eta_lr: float = 1e-3  # step size of the dual ascent on eta; 0 keeps it fixed
+    eta_min: float = 1e-3  # lower bound of eta
+    eta_max: float = 100.0  # upper bound of eta
+    bc_threshold: float = 1.0  # b, behaviour loss per action dimension that the dual ascent aims at
+    num_eval_actions: int = 10  # candidates of which the evaluation policy takes the best
+
+
+# The authors' list of reproduction commands (runs.sh of their last commit); its AntMaze rows were run on the -v0 data.
+ANTMAZE = {"eta": 0.1, "eta_lr": 0.0, "next_action_reduce": "max"}
+PRESETS = {
+    "halfcheetah-medium": {"rho": 0.0, "bc_threshold": 1.0},
+    "halfcheetah-medium-replay": {"rho": 0.0, "bc_threshold": 1.0},
+    "halfcheetah-medium-expert": {"rho": 0.0, "bc_threshold": 0.1},
+    "hopper-medium": {"rho": 1.5, "bc_threshold": 1.0},
+    "hopper-medium-replay": {"rho": 1.5, "bc_threshold": 1.0},
+    "hopper-medium-expert": {"rho": 1.5, "bc_threshold": 0.05},
+    "walker2d-medium": {"rho": 1.0, "bc_threshold": 1.0},
+    "walker2d-medium-replay": {"rho": 1.0, "bc_threshold": 1.0},
+    "walker2d-medium-expert": {"rho": 1.0, "bc_threshold": 1.0},
+    "antmaze-umaze": ANTMAZE | {"rho": 1.0},
+    "antmaze-umaze-diverse": ANTMAZE | {"rho": 1.0},
+    "antmaze-medium-play": ANTMAZE | {"rho": 1.0},
+    "antmaze-medium-diverse": ANTMAZE | {"rho": 1.0},
+    "antmaze-large-play": ANTMAZE | {"rho": 1.1, "critic_lr": 1e-3},
+    "antmaze-large-diverse": ANTMAZE | {"rho": 1.0, "critic_lr": 1e-3},
+}
+# Ours: with the published settings eta falls to its floor, and so few updates teach nothing.
+QUICK = {"total_steps": 10_000, "eval_every": 2_500, "log_every": 500, "checkpoint_every": 2_500}
+QUICK |= {"num_critics": 2, "num_next_actions": 1, "eta": 1.0, "eta_lr": 0.0}
+
+# ----------------------------------------------------------------------------------------------------------- networks
+# Shapes: B batch, S observation dim, A action dim, H critics, N sampled actions, T diffusion steps, E environments.
+
+
+def mish(x: Tensor) -> Tensor:
+    """x tanh(softplus(x)) = x - 2x / ((e^x + 1)^2 + 1): one exponential, a quarter of the time of F.mish on a CPU."""
+    return torch.addcdiv(x, x, (x.clamp(max=30).exp() + 1).square().add_(1), value=-2)
+
+
+class NoisePredictor(nn.Module):
+    """eps_net: (obs [B, S], noisy action x [B, A], t in 1..T, one for all or [B]) -> predicted noise [B, A]."""
+
+    def __init__(self, obs_dim: int, act_dim: int, diffusion_steps: int, hidden_dim: int):
+        super().__init__()
+        angle = torch.arange(diffusion_steps + 1)[:, None] * torch.exp(-torch.arange(8) * math.log(10_000) / 7)
+        self.register_buffer("time_features", torch.cat([angle.cos(), angle.sin()], 1), persistent=False)  # [T + 1, 16]
+        self.time1, self.time2 = nn.Linear(16, 32), nn.Linear(32, 32)
+        self.layer1 = nn.Linear(obs_dim + act_dim + 32, hidden_dim)
+        self.layer2, self.layer3 = nn.Linear(hidden_dim, hidden_dim), nn.Linear(hidden_dim, hidden_dim)
+        self.out = nn.Linear(hidden_dim, act_dim)
+        for layer in (self.time1, self.time2, self.layer1, self.layer2, self.layer3, self.out):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, obs: Tensor, x: Tensor, t: Tensor | int) -> Tensor:
+        code = self.time2(mish(self.time1(self.time_features[t]))).expand(len(obs), 32)
+        h = mish(self.layer1(torch.cat([obs, x, code], 1)))
+        return self.out(mish(self.layer3(mish(self.layer2(h)))))
+
+
+class Critics(nn.Module):
+    """H independent Q-networks, one batched product per layer: (obs [B, S], act [B, A]) -> [H, B]."""
+
+    def __init__(self, obs_dim: int, act_dim: int, num_critics: int, hidden_dim: int):
+        super().__init__()
+        dims = ((obs_dim + act_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, 1))
+        self.weights = nn.ParameterList(torch.empty(num_critics, *dim) for dim in dims)
+        self.biases = nn.ParameterList(torch.zeros(num_critics, 1, dim[1]) for dim in dims)
+        for weight in self.weights:
+            for head in weight:  # one by one: for a stack of matrices the initialiser's fan-in would be wrong
+                nn.init.xavier_uniform_(head)
+
+    def forward(self, obs: Tensor, act: Tensor) -> Tensor:
+        h = torch.cat([obs, act], 1).expand(len(self.weights[0]), -1, -1)  # [H, B, S + A]
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
+            h = mish(torch.baddbmm(bias, h, weight))  # [H, B, hidden]
+        return torch.baddbmm(self.biases[-1], h, self.weights[-1]).squeeze(2)
+
+
+# --------------------------------------------------------------------------------------------------- generative model
+
+
+class Schedule(NamedTuple):
+    """Constants of the diffusion, each [T + 1]: index t = 1..T, and 0 for the clean action."""
+
+    signal: Tensor  # sqrt(alpha_bar_t)
+    noise: Tensor  # sqrt(1 - alpha_bar_t)
+    mean_x0: Tensor  # weight of the predicted action in the posterior mean
+    mean_xt: Tensor  # weight of x_t in the posterior mean
+    std: Tensor  # sqrt(beta_t), noise of a reverse step
+
+
+def vp_schedule(diffusion_steps: int, beta_min: float, beta_max: float) -> Schedule:
+    """Variance-preserving: alpha_bar_t = exp(-beta_min t/T - (beta_max - beta_min) (t/T)^2 / 2)."""
+    t = torch.arange(diffusion_steps + 1, dtype=torch.float64) / diffusion_steps
+    alpha_bar = torch.exp(-beta_min * t - 0.5 * (beta_max - beta_min) * t**2)
+    before = torch.cat([alpha_bar[:1], alpha_bar[:-1]])  # alpha_bar_{t-1}
+    alpha = alpha_bar / before
+    variance = (1 - alpha_bar).clamp(min=1e-12)  # t = 0 divides by zero and is never used
+    mean_x0, mean_xt = before.sqrt() * (1 - alpha) / variance, alpha.sqrt() * (1 - before) / variance
+    return Schedule(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), mean_x0, mean_xt, (1 - alpha).sqrt())
+
+
+def sample_actions(eps_net: nn.Module, obs: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:
+    """Reverse chain, obs [B, S] -> action [B, A] in [-1, 1]; noise [T, B, A] is x_T and one draw per step t = T..2."""
+    x = noise[0]
+    for t in range(len(noise), 0, -1):
+        eps = eps_net(obs, x, t)
+        x0 = ((x - schedule.noise[t] * eps) / schedule.signal[t]).clamp(-1, 1)
+        if t > 1:
+            x = schedule.mean_x0[t] * x0 + schedule.mean_xt[t] * x + schedule.std[t] * noise[len(noise) - t + 1]
+    return x0  # at t = 1 the posterior mean is the predicted action itself, and no noise is added
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+
+class Batch(NamedTuple):
+    obs: Tensor  # [B, S]
+    act: Tensor  # [B, A]
+    rew: Tensor  # [B], transformed
+    next_obs: Tensor  # [B, S]
+    not_done: Tensor  # [B], 0 at a terminal, else 1; a timeout is no terminal
+
+
+class Draws(NamedTuple):
+    """The random numbers of one update."""
+
+    next_noise: Tensor  # [T, B N, A], for the next actions
+    t: Tensor  # [B], uniform in 1..T
+    eps: Tensor  # [B, A], the noise to be predicted
+
+
+@torch.no_grad()
+def td_target(eps_net: nn.Module, critic: nn.Module, batch: Batch, draws: Draws, schedule: Schedule, args: Args) -> Tensor:
+    """y = r + discount not_done V(s'), V = mean_h - rho std_h of each critic's mean (or max) over N next actions; [B]."""
+    next_obs = batch.next_obs.repeat_interleave(args.num_next_actions, 0)  # [B N, S], row b N + n
+    next_act = sample_actions(eps_net, next_obs, draws.next_noise, schedule)
+    # In pieces whose activations stay in the cache: a quarter less time on a CPU.
+    q = torch.cat([critic(o, a) for o, a in zip(next_obs.split(512), next_act.split(512))], 1)
+    q = q.unflatten(1, (-1, args.num_next_actions))  # [H, B, N]
+    q = q.mean(2) if args.next_action_reduce == "mean" else q.amax(2)
+    v = q.mean(0) - args.rho * q.std(0, unbiased=False) if args.q_target == "lcb" else q.amin(0)
+    return batch.rew + args.discount * batch.not_done * v
+
+
+def critic_loss(critic: nn.Module, batch: Batch, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean over critics and batch of (Q_h(s, a) - y)^2."""
+    q = critic(batch.obs, batch.act)  # [H, B]
+    loss = (q - target).square().mean()
+    return loss, {"critic_loss": loss, "q_mean": q.mean(), "q_std": q.std(0, unbiased=False).mean(), "td_target": target.mean()}
+
+
+def q_gradient(critic: nn.Module, batch: Batch, x: Tensor) -> Tensor:
+    """Gradient of the critics' mean at x [B, A], each row its own, divided by the batch mean of |Q(s, a)|; a constant."""
+    with torch.no_grad():
+        scale = critic(batch.obs, batch.act).abs().mean() + 1e-6
+    x = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(batch.obs, x).mean(0).sum(), x)
+    return gradient / scale
+
+
+def actor_loss(
+    eps_net: nn.Module, batch: Batch, x: Tensor, gradient: Tensor, draws: Draws, eta: Tensor, schedule: Schedule
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """eta |eps_net(x_t, s, t) - eps|^2 + sqrt(1 - alpha_bar_t) <eps_net(x_t, s, t), g>, means over B and A (Theorem 2)."""
+    eps = eps_net(batch.obs, x, draws.t)
+    bc_loss = (eps - draws.eps).square().mean()
+    guidance_loss = (schedule.noise[draws.t][:, None] * gradient * eps).mean()
+    loss = eta * bc_loss + guidance_loss
+    return loss, {"actor_loss": loss, "bc_loss": bc_loss, "guidance_loss": guidance_loss, "q_gradient": gradient.abs().mean()}
+
+
+# ------------------------------------------------------------------------------------------------------------- update
+
+
+class DAC:
+    """All that is learned: networks, targets, optimisers and eta, and how one batch changes them."""
+
+    metrics = ("critic_loss", "q_mean", "q_std", "td_target", "actor_loss", "bc_loss", "guidance_loss", "q_gradient", "eta")
+    parts = ("actor", "actor_target", "critic", "critic_target", "actor_adam", "critic_adam", "actor_decay", "critic_decay")
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args, device: torch.device | str = "cpu"):
+        self.args, self.device, self.act_dim, self.step = args, torch.device(device), act_dim, 0
+        self.actor = NoisePredictor(obs_dim, act_dim, args.diffusion_steps, args.hidden_dim).to(device)
+        self.critic = Critics(obs_dim, act_dim, args.num_critics, args.hidden_dim).to(device)
+        self.actor_target = deepcopy(self.actor).requires_grad_(False)
+        self.critic_target = deepcopy(self.critic).requires_grad_(False)
+        self.actor_adam = torch.optim.Adam(self.actor.parameters(), lr=args.actor_lr, fused=True)
+        self.critic_adam = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, fused=True)
+        self.actor_decay = CosineAnnealingLR(self.actor_adam, args.total_steps)
+        self.critic_decay = CosineAnnealingLR(self.critic_adam, args.total_steps)
+        self.eta = torch.tensor(args.eta, device=device)
+        constants = vp_schedule(args.diffusion_steps, args.beta_min, args.beta_max)
+        self.schedule = Schedule(*(c.to(device, torch.get_default_dtype()) for c in constants))
+        compiled = torch.compile if args.compile else lambda function: function
+        self.td_target, self.critic_loss = compiled(td_target), compiled(critic_loss)
+        self.q_gradient, self.actor_loss = compiled(q_gradient), compiled(actor_loss)
+
+    def draw(self, batch_size: int) -> Draws:
+        args, device = self.args, self.device
+        next_noise = torch.randn(args.diffusion_steps, batch_size * args.num_next_actions, self.act_dim, device=device)
+        t = torch.randint(1, args.diffusion_steps + 1, (batch_size,), device=device)
+        return Draws(next_noise, t, torch.randn(batch_size, self.act_dim, device=device))
+
+    def update(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """One iteration of Algorithm 1: critics, their targets, actor, eta, its target; returns `metrics`, 0-d tensors."""
+        args = self.args
+
+        target = self.td_target(self.actor_target, self.critic_target, batch, draws, self.schedule, args)
+        loss, metrics = self.critic_loss(self.critic, batch, target)
+        gradient_step(self.critic_adam, loss, args.max_grad_norm)
+        self.critic_decay.step()
+        soft_update(self.critic_target, self.critic, args.tau)
+
+        x = self.schedule.signal[draws.t][:, None] * batch.act + self.schedule.noise[draws.t][:, None] * draws.eps  # x_t
+        gradient = self.q_gradient(self.critic_target, batch, x) if args.guidance else torch.zeros_like(x)
+        loss, actor_metrics = self.actor_loss(self.actor, batch, x, gradient, draws, self.eta, self.schedule)
+        gradient_step(self.actor_adam, loss, args.max_grad_norm)
+        self.actor_decay.step()
+
+        violation = (actor_metrics["bc_loss"].detach() - args.bc_threshold).clamp(-1, 1)
+        if args.eta_lr > 0:
+            self.eta = (self.eta + args.eta_lr * violation).clamp(args.eta_min, args.eta_max)
+        if self.step % args.actor_target_every == 0 and self.step > args.actor_target_start:
+            soft_update(self.actor_target, self.actor, args.tau)
+        self.step += 1
+        return metrics | actor_metrics | {"eta": self.eta}
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """The evaluated policy, [E, S] -> [E, A]: best of num_eval_actions samples by the mean of the target critics."""
+        rows = torch.as_tensor(obs, device=self.device).repeat_interleave(self.args.num_eval_actions, 0)
+        noise = torch.randn(self.args.diffusion_steps, len(rows), self.act_dim, device=self.device)
+        candidates = sample_actions(self.actor, rows, noise, self.schedule)
+        q = self.critic_target(rows, candidates).mean(0).view(len(obs), -1)
+        return candidates.view(*q.shape, -1)[torch.arange(len(obs)), q.argmax(1)].cpu().numpy()
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name).state_dict() for name in self.parts} | {"eta": self.eta, "step": self.step}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in self.parts:
+            getattr(self, name).load_state_dict(state[name])
+        self.eta, self.step = state["eta"].to(self.device), state["step"]
+
+
+# ----------------------------------------------------------- helpers, textually the same in dac.py, qdq.py and cped.py
+
+
+@torch.no_grad()
+def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau online."""
+    for t, o in zip(target.parameters(), online.parameters()):
+        t.lerp_(o, tau)
+
+
+def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float) -> None:
+    """One optimiser step, the gradient clipped to max_norm over all parameters together."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
+    optimizer.step()
+
+
+def shuffled_batches(num_rows: int, batch_size: int, seed: int, step: int, device: torch.device) -> Iterator[Tensor]:
+    """Row indices of updates step, step + 1, ...: shuffled epochs, the last batch of each as short as it comes.
+
+    A function of (seed, step) alone, so that a resumed run needs no state to see the same batches.
+    """
+    per_epoch = math.ceil(num_rows / batch_size)
+    while True:
+        epoch, first = divmod(step, per_epoch)
+        generator = torch.Generator(device).manual_seed((seed << 32) + epoch)
+        yield from torch.randperm(num_rows, generator=generator, device=device).split(batch_size)[first:]
+        step += per_epoch - first
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Written under another name, then renamed: the checkpoint is the whole new one or still the previous one."""
+    part = path.with_suffix(".part")
+    try:
+        torch.save(state, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}); the previous checkpoint is as it was") from None
+
+
+def load_checkpoint(path: Path) -> dict:
+    """State of a run, from its checkpoint or its folder."""
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has many ways to refuse a file that is not one of its own
+        what = "does not exist" if isinstance(error, FileNotFoundError) else f"is no checkpoint, or a damaged one ({error!r:.80})"
+        raise UserError(f"{path} {what}", status=2) from None
+    if not isinstance(state, dict) or state.get("algorithm") != ALGORITHM:
+        raise UserError(f"{path} was not written by {ALGORITHM}.py", status=2)
+    return state | {"path": path}
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
+    """The arguments and, with --resume or --eval-only, the state of that run.
+
+    Defaults < preset of the task < --quick < what was typed. A resumed run keeps its arguments; typing others is an error.
+    """
+    typed, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
+    if typed.resume is None and typed.eval_only is None:
+        state, own = None, PRESETS.get(strip_version(typed.env), {}) | (QUICK if typed.quick else {})
+    else:
+        runs = sorted(typed.run_dir.glob(f"{typed.env}/{ALGORITHM}/seed{typed.seed}-*/checkpoint.pt"))
+        if typed.eval_only is None and not typed.resume and not runs:
+            raise UserError(f"--resume: {typed.run_dir} has no {ALGORITHM} run of {typed.env}, seed {typed.seed}", status=2)
+        state = load_checkpoint(typed.eval_only or Path(typed.resume[0] if typed.resume else runs[-1]))
+        own = state["args"] | {"run_dir": typed.run_dir}
+    args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **own), description=__doc__)
+    for name, value in dataclasses.asdict(args).items():
+        least = 1 if isinstance(value, int) and name not in ("seed", "actor_target_start") else 0
+        if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more", status=2)
+        if state and name in own and name not in ("data", "device", "compile", "run_dir") and value != own[name]:
+            raise UserError(f"--{name.replace('_', '-')} {value}: {state['path']} was made with {own[name]}", status=2)
+    return args, state
+
+
+# ---------------------------------------------------------------------------------------------------------------- run
+
+
+def transform_rewards(rew: np.ndarray, ends: np.ndarray, kind: str) -> np.ndarray:
+    """Rewards [N] as the critics see them; ends [N] marks the last transition of each trajectory."""
+    if kind == "return_range":
+        returns = np.add.reduceat(rew.astype(np.float64), np.r_[0, np.flatnonzero(ends)[:-1] + 1])
+        if returns.max() == returns.min():
+            raise UserError("all trajectory returns are equal and have no range: choose another --reward-transform")
+        return (1000 * rew / (returns.max() - returns.min())).astype(np.float32)
+    return rew - 1 if kind == "minus_one" else rew
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args, state = parse_args(argv)
+    try:
+        device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: not to be had here ({str(error).splitlines()[0]})", status=2) from None
+
+    def score(episodes: int) -> dict[str, float]:
+        """One evaluation, a function of weights and step alone: at each step other episodes, the same in all runs."""
+        result = evaluate(agent.act, info, episodes, seed=1_000_000 + agent.step)
+        means = {f"eval/{name}": float(values.mean()) for name, values in result.items()}
+        tqdm.write(f"update {agent.step:,}: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
+        return means
+
+    if args.eval_only:
+        agent, info = DAC(state["obs_dim"], state["act_dim"], args, device), state["info"]
+        agent.load_state_dict(state["agent"])
+        print(describe(info))
+        if args.video:
+            print(f"{args.video}: one episode, return {record_video(agent.act, info, args.video, seed=1_000_000):.2f}")
+        return score(args.episodes or args.eval_episodes)
+
+    # data
+    arrays, info = load_dataset(args.env, args.data, need_env=args.eval)
+    print(describe(info))
+    print("arguments   " + " ".join(f"{name}={value}" for name, value in dataclasses.asdict(args).items()))
+    if state and state["info"]["sha256"] != info["sha256"]:
+        raise UserError(f"{state['path']} was trained on {state['info']['id']}, not on {info['file']}", status=2)
+    if args.quick:
+        print("quick       a small protocol of our own; its scores are not comparable with published ones")
+    arrays["rew"] = transform_rewards(arrays["rew"], arrays["ends"], args.reward_transform)
+    arrays["act"] = arrays["act"].clip(-1 + 1e-5, 1 - 1e-5)
+    data = Batch(*(torch.as_tensor(arrays[name], device=device) for name in Batch._fields))
+
+    # agent
+    torch.manual_seed(args.seed)  # initialisation and all noise come from torch, on every device
+    agent = DAC(data.obs.shape[1], data.act.shape[1], args, device)
+    if state:
+        folder, rows, seconds = state["path"].parent, state["rows"], state["seconds"]
+        agent.load_state_dict(state["agent"])
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+    else:
+        folder, rows, seconds = args.run_dir / args.env / ALGORITHM, [], 0.0
+        folder /= time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
+        folder.mkdir(parents=True)
+
+    # run folder
+    print(f"run folder  {folder}")
+    stored = {name: value for name, value in dataclasses.asdict(args).items() if name not in PER_CALL}
+    (folder / "args.json").write_text(json.dumps({"args": stored, "dataset": info}, indent=1))
+    columns = ["step", *(f"train/{name}" for name in DAC.metrics), *EVAL_COLUMNS, "time/updates_per_s"]
+    table = csv.DictWriter((folder / "metrics.csv").open("w", buffering=1), columns)
+    table.writeheader()
+    table.writerows(rows)  # of a resumed run, up to its checkpoint
+    board = SummaryWriter(str(folder), purge_step=agent.step + 1)
+    stop = threading.Event()  # set by the first signal: the run ends after a whole update; a second one kills it
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: (stop.set(), signal.signal(number, signal.SIG_DFL)))
+
+    # training
+    batches = shuffled_batches(len(data.obs), args.batch_size, args.seed, agent.step, device)
+    bar = tqdm(total=args.total_steps, initial=agent.step, unit=" updates", mininterval=0.5)
+    started = window = time.perf_counter()
+    metrics = None if state else {}  # None: a resumed run has done what was due at its step
+    while True:
+        step, row, last = agent.step, {}, agent.step == args.total_steps or stop.is_set()
+        if metrics and step % args.log_every == 0:
+            values = torch.stack([metrics[name] for name in DAC.metrics]).tolist()  # the only wait for the device
+            row = {f"train/{name}": value for name, value in zip(DAC.metrics, values)}
+            if broken := [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]:
+                raise UserError(f"{', '.join(broken)} at update {step}; the last good checkpoint is in {folder}")
+            row["time/updates_per_s"] = args.log_every / (time.perf_counter() - window)
+        if metrics is not None and args.eval and (step % args.eval_every == 0 or step == args.total_steps):
+            row |= score(args.eval_episodes)
+            bar.set_postfix_str(f"return {row['eval/return']:.1f}, score {row.get('eval/normalized_score', math.nan):.1f}")
+        if row:
+            rows.append({"step": step} | row)
+            table.writerow(rows[-1])
+            for name, value in row.items():
+                board.add_scalar(name, value, step)
+            window = time.perf_counter()
+        if metrics is not None and (step % args.checkpoint_every == 0 or last):
+            content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "agent": agent.state_dict()}
+            content |= {"obs_dim": data.obs.shape[1], "act_dim": data.act.shape[1]}
+            content |= {"seconds": seconds + time.perf_counter() - started, "rng": torch.get_rng_state()}
+            content |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+            save_checkpoint(folder / "checkpoint.pt", content)
+        if last:
+            break
+        index = next(batches)
+        metrics = agent.update(Batch(*(column[index] for column in data)), agent.draw(len(index)))
+        bar.update()
+    bar.close()
+    board.close()
+    if step < args.total_steps:
+        raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
+
+    # result
+    scores = [row.get("eval/normalized_score", row["eval/return"]) for row in rows if "eval/return" in row] or [math.nan]
+    result = {"algorithm": ALGORITHM, "env": args.env, "seed": args.seed, "dataset": info["id"], "sha256": info["sha256"]}
+    result |= {"updates": step, "final_score": float(np.mean(scores[-5:])), "last_score": scores[-1], "best_score": max(scores)}
+    result |= {"seconds": seconds + time.perf_counter() - started, "versions": info["versions"]}
+    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    print(f"final score {result['final_score']:.1f} on {info['id']}: mean of the last five evaluations ", end="")
+    print(f"(last {result['last_score']:.1f}, best {result['best_score']:.1f}; result.json in {folder})")
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.status)
