@@ -100,7 +100,6 @@ class Args:
     next_action_reduce: Literal["mean", "max"] = "mean"  # how a critic's N values become one
     q_target: Literal["lcb", "min"] = "lcb"  # how the H values become one: mean - rho std, or min as in the ablation
     rho: float = 1.0  # width of the lower confidence bound in standard deviations over the critics
-    guidance: bool = True  # --no-guidance leaves behaviour cloning by the same network
     eta: float = 1.0  # initial weight of the behaviour term
     eta_lr: float = 1e-3  # step size of the dual ascent on eta; 0 keeps it fixed
     eta_min: float = 1e-3  # lower bound of eta
@@ -318,7 +317,7 @@ class DAC:
         soft_update(self.critic_target, self.critic, args.tau)
 
         x = self.schedule.signal[draws.t][:, None] * batch.act + self.schedule.noise[draws.t][:, None] * draws.eps  # x_t
-        gradient = self.q_gradient(self.critic_target, batch, x) if args.guidance else torch.zeros_like(x)
+        gradient = self.q_gradient(self.critic_target, batch, x)
         loss, actor_metrics = self.actor_loss(self.actor, batch, x, gradient, draws, self.eta, self.schedule)
         gradient_step(self.actor_adam, loss, args.max_grad_norm)
         self.actor_decay.step()
@@ -375,7 +374,7 @@ def shuffled_batches(num_rows: int, batch_size: int, seed: int, step: int, devic
     per_epoch = math.ceil(num_rows / batch_size)
     while True:
         epoch, first = divmod(step, per_epoch)
-        generator = torch.Generator(device).manual_seed((seed << 32) + epoch)
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)  # torch uses 32 bits of it on a CPU
         yield from torch.randperm(num_rows, generator=generator, device=device).split(batch_size)[first:]
         step += per_epoch - first
 
