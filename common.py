@@ -293,7 +293,9 @@ def check(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
         raw[key] = raw[key].squeeze(1) if raw[key].shape == (*rows, 1) else raw[key]
     for key, array in raw.items():
         if array.shape[:1] != rows or array.ndim != (1 if key in KEYS[2:] else 2) or array.dtype.kind not in "fiub":
-            raise UserError(f"{path}: {key} has type {array.dtype} and shape {array.shape}, beside {rows[0]} actions")
+            raise UserError(
+                f"{path}: {key} has type {array.dtype} and shape {array.shape}, but actions has {raw['actions'].shape}"
+            )
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {key} has NaN or infinity in row {np.argwhere(~np.isfinite(array))[0][0]}")
     sizes, env_sizes = [raw[key].shape[1] for key in KEYS[:2]], [facts["obs_dim"], np.size(facts["act_low"])]
@@ -362,6 +364,8 @@ def env_spec(env: str) -> gym.envs.registration.EnvSpec:
 
 def make_env(info: dict, **kwargs) -> gym.Env:
     """The evaluation environment of a dataset: observations flat in the order of `flatten`, actions in [-1, 1]."""
+    if info["env"] is None:
+        raise UserError("there is no environment to evaluate in: the run was trained with --no-eval")
     with warnings.catch_warnings(action="ignore"):  # that there are newer ids than -v4
         env = gym.make(env_spec(info["env"]), **kwargs)
     if env.spec.max_episode_steps is None:

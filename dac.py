@@ -541,13 +541,16 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
 
     # result
-    scores = [row.get("eval/normalized_score", row["eval/return"]) for row in rows if "eval/return" in row] or [math.nan]
+    scores = [row.get("eval/normalized_score", row["eval/return"]) for row in rows if "eval/return" in row]
     result = {"algorithm": ALGORITHM, "env": args.env, "seed": args.seed, "dataset": info["id"], "sha256": info["sha256"]}
-    result |= {"updates": step, "final_score": float(np.mean(scores[-5:])), "last_score": scores[-1], "best_score": max(scores)}
-    result |= {"seconds": seconds + time.perf_counter() - started, "versions": info["versions"]}
+    result |= {"updates": step, "seconds": seconds + time.perf_counter() - started, "versions": info["versions"]}
+    if scores:
+        result |= {"final_score": float(np.mean(scores[-5:])), "last_score": scores[-1], "best_score": max(scores)}
+        print(
+            f"final score {result['final_score']:.1f} on {info['id']}: mean of the last {len(scores[-5:])} evaluations ", end=""
+        )
+        print(f"(last {scores[-1]:.1f}, best {max(scores):.1f})")
     (folder / "result.json").write_text(json.dumps(result, indent=1))
-    print(f"final score {result['final_score']:.1f} on {info['id']}: mean of the last five evaluations ", end="")
-    print(f"(last {result['last_score']:.1f}, best {result['best_score']:.1f}; result.json in {folder})")
     return result
 
 

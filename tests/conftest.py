@@ -1,0 +1,41 @@
+import h5py
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the matrices of the tests are small; more threads only wait for each other
+
+
+@pytest.fixture
+def float64():
+    """Everything that is built inside the test is double precision."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make_raw(rows: int = 600, obs_dim: int = 11, act_dim: int = 3, episode: int = 50, seed: int = 0) -> dict[str, np.ndarray]:
+    """Raw arrays in D4RL's layout; every second episode ends in a terminal, the others in a timeout."""
+    rng = np.random.default_rng(seed)
+    ends = np.arange(1, rows + 1) % episode == 0
+    odd = (np.arange(rows) // episode) % 2 == 1
+    return {
+        "observations": rng.normal(size=(rows, obs_dim)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (rows, act_dim)).astype(np.float32),
+        "rewards": rng.uniform(0, 2, rows).astype(np.float32),
+        "terminals": ends & odd,
+        "timeouts": ends & ~odd,
+    }
+
+
+def write_hdf5(path, raw: dict[str, np.ndarray]):
+    with h5py.File(path, "w") as file:
+        for key, array in raw.items():
+            file[key] = array
+    return path
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A small file that looks like a Hopper dataset."""
+    return write_hdf5(tmp_path / "small.hdf5", make_raw())
