@@ -1,8 +1,7 @@
 """Datasets and evaluation for dac.py, qdq.py and cped.py; nothing else lives here.
 
-`load_dataset(env, data)` returns the arrays of a dataset and the plain facts about it (`info`); `evaluate(act, info)` plays
-whole episodes. Who copies an algorithm file into another project replaces these two functions.
-
+`load_dataset` returns the arrays of a dataset and the plain facts about it (`info`), `evaluate` plays whole episodes.
+Who copies an algorithm file into another project replaces these two functions.
 Shapes: N transitions, S observation dimension, A action dimension, E episodes. Actions are in [-1, 1] on both sides.
 """
 
@@ -43,8 +42,8 @@ ANTMAZE_FILES = {
     "large-play": "hardest-maze_noisy_multistart_True_multigoal_False_sparse",
     "large-diverse": "hardest-maze_noisy_multistart_True_multigoal_True_sparse",
 }
-ROBOTS, QUALITIES = ("hopper", "halfcheetah", "walker2d"), ("medium", "medium-replay", "medium-expert")
-TASKS = [f"{robot}-{quality}" for robot in ROBOTS for quality in QUALITIES] + [f"antmaze-{maze}" for maze in ANTMAZE_FILES]
+TASKS = [f"{robot}-{quality}" for robot in EVALUATION_ENVS for quality in ("medium", "medium-replay", "medium-expert")]
+TASKS += [f"antmaze-{maze}" for maze in ANTMAZE_FILES]
 # SHA-256 of every D4RL file, as pinned by TensorFlow Datasets.
 D4RL_SHA256 = {
     "hopper-medium-v2": "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0",
@@ -97,8 +96,8 @@ def load_dataset(env: str, data: str = "auto", need_env: bool = True) -> tuple[d
     data: auto | d4rl | minari | bundled, or the path of an HDF5 or NPZ file in D4RL's layout.
     need_env: whether there must be an environment to evaluate in.
 
-    Returns float32 arrays obs [N, S], act [N, A], rew [N], next_obs [N, S], not_done [N] and bool ends [N] (the last
-    transition of each trajectory), and `info`: identity, counts, mean return and score, evaluation environment.
+    Returns float32 obs [N, S], act [N, A], rew [N], next_obs [N, S], not_done [N] and bool ends [N] (the last transition of
+    each trajectory), and `info`: identity, counts, mean return and score, evaluation environment.
     """
     if data.lower().endswith((".hdf5", ".h5", ".npz")):
         path, name = Path(data), f"file/{Path(data).name}"
@@ -158,21 +157,21 @@ def env_facts(env: str) -> dict:
 
 
 def sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+    """Of a file or, for Minari, of all files in a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()
 
 
 def find_file(task: str, data: str) -> tuple[Path, str]:
     """File and dataset id of a D4RL task: from the cache, a mirror or, with no network or on request, bundled."""
     name, path = strip_version(task), d4rl_path(task)
     bundled = BUNDLED / f"{name}.hdf5"
+    if data == "bundled" and not bundled.exists():
+        have = ", ".join(sorted(file.stem for file in BUNDLED.glob("*.hdf5"))) or "none"
+        raise UserError(f"--data bundled: no sample of {name} comes along, only of: {have}", status=2)
     if data == "bundled":
-        if not bundled.exists():
-            have = ", ".join(sorted(file.stem for file in BUNDLED.glob("*.hdf5"))) or "none"
-            raise UserError(f"--data bundled: no sample of {name} comes along, only of: {have}", status=2)
         return bundled, f"bundled/{name}"
     # The D4RL package's own folder and file names: what it downloaded is found, and what we download it will find.
     cache = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
@@ -181,12 +180,11 @@ def find_file(task: str, data: str) -> tuple[Path, str]:
         if sha256(target) != D4RL_SHA256[task]:
             raise UserError(f"{target} is not D4RL's {task}: delete it to download that, or use it with --data {target}")
         return target, f"d4rl/{task}"
-    failures, silent = [], True
+    failures = []
     for url in [mirror(path) for mirror in MIRRORS]:
         if not answers(url):
             failures.append(f"{url}: no answer")
             continue
-        silent = False
         try:
             loader = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT, chunk_size=1 << 18)
             pooch.retrieve(url, f"sha256:{D4RL_SHA256[task]}", target.name, cache, downloader=loader)  # atomic
@@ -195,7 +193,7 @@ def find_file(task: str, data: str) -> tuple[Path, str]:
             failures.append(f"{url}: {str(error).splitlines()[0]:.200}")
         except OSError as error:
             raise UserError(f"cannot write {target}: {error.strerror}; D4RL_DATASET_DIR names another folder") from None
-    if data == "auto" and silent and bundled.exists():
+    if data == "auto" and bundled.exists() and all(failure.endswith(": no answer") for failure in failures):
         line = "!" * 100
         print(f"{line}\n!! NO NETWORK for D4RL's {task}: this run uses the small BUNDLED sample instead.", file=sys.stderr)
         print(f"!! Its scores are not D4RL scores. --data d4rl insists on D4RL's file.\n{line}", file=sys.stderr)
@@ -230,19 +228,17 @@ def d4rl_path(task: str) -> str:
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
     """Raw arrays of a file in D4RL's flat layout: `KEYS` and, where there, next_observations."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist", status=2)
+    if path.read_bytes()[:512].lstrip().startswith(b"<"):
+        raise UserError(f"{path} is a web page, not a dataset: download it again")
     wanted = (*KEYS, "next_observations")
     try:
-        if path.open("rb").read(512).lstrip().startswith(b"<"):
-            raise UserError(f"{path} is a web page, not a dataset: download it again")
         if zipfile.is_zipfile(path):
             with np.load(path, allow_pickle=False) as file:
                 return {key: file[key] for key in wanted if key in file}
         with h5py.File(path, "r") as file:
             return {key: file[key][()] for key in wanted if isinstance(file.get(key), h5py.Dataset)}
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist", status=2) from None
     except Exception as error:  # a damaged file can fail anywhere in h5py and zipfile
         raise UserError(f"{path} is no HDF5 or NPZ file, or a damaged one ({error!r:.200})") from None
 
@@ -253,14 +249,11 @@ def load_minari(dataset_id: str) -> tuple[dict[str, np.ndarray], Path, dict]:
 
     if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", dataset_id):
         raise UserError(f"--env {dataset_id}: a Minari id looks like mujoco/hopper/medium-v0", status=2)
+    local = dataset_id in minari.list_local_datasets()
+    if not local and not answers(MINARI_HUB):  # Minari's own download would wait for ever
+        raise UserError(f"{dataset_id} is not among the local Minari datasets, and {MINARI_HUB} does not answer")
     try:
-        if dataset_id not in minari.list_local_datasets():
-            if not answers(MINARI_HUB):  # Minari's own download would wait for ever
-                raise UserError(f"{dataset_id} is not among the local Minari datasets, and {MINARI_HUB} does not answer")
-            minari.download_dataset(dataset_id)
-        dataset = minari.load_dataset(dataset_id)
-    except UserError:
-        raise
+        dataset = minari.load_dataset(dataset_id, download=not local)
     except Exception as error:  # Minari's storages and remotes raise types of their own
         raise UserError(f"Minari cannot load {dataset_id} ({error!r:.300})") from None
     metadata = dataset.storage.metadata
@@ -274,7 +267,7 @@ def load_minari(dataset_id: str) -> tuple[dict[str, np.ndarray], Path, dict]:
         columns.append((obs[:-1], e.actions, e.rewards, e.terminations, e.truncations, obs[1:]))
     raw = dict(zip((*KEYS, "next_observations"), map(np.concatenate, zip(*columns))))
     facts = {"env": spec.to_json(), "ref_min": metadata.get("ref_min_score"), "ref_max": metadata.get("ref_max_score")}
-    return raw, Path(dataset.storage.data_path) / "main_data.hdf5", facts | env_facts(facts["env"])
+    return raw, Path(dataset.storage.data_path), facts | env_facts(facts["env"])
 
 
 def flatten(space: gym.Space, values) -> np.ndarray:
@@ -293,9 +286,8 @@ def check(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
         raw[key] = raw[key].squeeze(1) if raw[key].shape == (*rows, 1) else raw[key]
     for key, array in raw.items():
         if array.shape[:1] != rows or array.ndim != (1 if key in KEYS[2:] else 2) or array.dtype.kind not in "fiub":
-            raise UserError(
-                f"{path}: {key} has type {array.dtype} and shape {array.shape}, but actions has {raw['actions'].shape}"
-            )
+            shapes = f"shape {array.shape}, but actions has {raw['actions'].shape}"
+            raise UserError(f"{path}: {key} has type {array.dtype} and {shapes}")
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {key} has NaN or infinity in row {np.argwhere(~np.isfinite(array))[0][0]}")
     sizes, env_sizes = [raw[key].shape[1] for key in KEYS[:2]], [facts["obs_dim"], np.size(facts["act_low"])]
@@ -329,29 +321,20 @@ def to_transitions(raw: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], d
     ends[-1:] = True
     stops = np.flatnonzero(terminal | timeout) + 1  # whole episodes only: an unfinished tail has no return
     returns = np.add.reduceat(raw["rewards"].astype(np.float64)[: stops[-1]], np.r_[0, stops[:-1]])
-    counts = {
-        "rows": len(obs),
-        "transitions": int(keep.sum()),
-        "dropped": int((~keep).sum()),
-        "episodes": len(stops),
-        "terminals": int(terminal.sum()),
-        "timeouts": int(timeout.sum()),
-        "mean_return": float(returns.mean()),
-    }
+    counts = {"rows": len(obs), "dropped": int((~keep).sum()), "transitions": int(keep.sum()), "episodes": len(stops)}
+    counts |= {"terminals": int(terminal.sum()), "timeouts": int(timeout.sum()), "mean_return": float(returns.mean())}
     return arrays | {"ends": ends}, counts
 
 
 def describe(info: dict) -> str:
     """What every run prints first: which data this is, and where the policy is evaluated."""
     score = "no reference returns" if info["mean_score"] is None else f"normalised score {info['mean_score']:.1f}"
-    counts = ("rows", "dropped", "transitions", "episodes", "terminals", "timeouts")
+    counts = [f"{info[name]:,} {name}" for name in ("rows", "dropped", "transitions", "episodes", "terminals", "timeouts")]
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
-    return (
-        f"dataset     {info['id']} (SHA-256 {info['sha256'][:12]}, {info['file']})\n"
-        f"            {', '.join(f'{info[name]:,} {name}' for name in counts)}\n"
-        f"            mean episode return {info['mean_return']:.1f}, {score}\n"
-        f"evaluation  {env_spec(info['env']).id if info['env'] else 'none'} ({versions})"
-    )
+    return f"""dataset     {info["id"]} (SHA-256 {info["sha256"][:12]}, {info["file"]})
+            {", ".join(counts)}
+            mean episode return {info["mean_return"]:.1f}, {score}
+evaluation  {env_spec(info["env"]).id if info["env"] else "none"} ({versions})"""
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -370,7 +353,7 @@ def make_env(info: dict, **kwargs) -> gym.Env:
         env = gym.make(env_spec(info["env"]), **kwargs)
     if env.spec.max_episode_steps is None:
         raise UserError(f"{env.spec.id} has no time limit, so its episodes may never end")
-    if not isinstance(env.action_space, gym.spaces.Box) or not env.action_space.is_bounded():
+    if not (isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded()):
         raise UserError(f"{env.spec.id}: the action space is {env.action_space}, but only bounded boxes will do")
     return gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
 
@@ -383,10 +366,8 @@ def normalized_score(returns, info: dict):
 def evaluate(act: Callable, info: dict, episodes: int, seed: int) -> dict[str, np.ndarray]:
     """Plays whole episodes side by side, with one call of `act` per step for all of them.
 
-    act: observations [E, S] -> actions [E, A] in [-1, 1]. Episode i is reset with seed + i. An environment whose episode is
-    over is reset by Gymnasium and runs on, but counts no more: each episode counts once and whole. The random numbers of
-    `act` depend on `seed` alone, and the caller's random streams are left as they were.
-
+    act: observations [E, S] -> actions [E, A] in [-1, 1]. Episode i is reset with seed + i; what Gymnasium plays in its
+    environment after its end does not count. torch's random numbers depend on `seed` alone and are left as they were.
     Returns return [E], episode_length [E] and, where the dataset has reference returns, normalized_score [E].
     """
     envs = gym.vector.SyncVectorEnv([lambda: make_env(info)] * episodes)

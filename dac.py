@@ -9,15 +9,15 @@ guidance term, and never by back-propagation through the sampling chain.
     python dac.py --env hopper-medium --resume       # go on with the newest run of this task and seed, exactly
     python dac.py --eval-only runs/hopper-medium/dac/seed0-20260101-120000/checkpoint.pt --episodes 100
 
-Where the paper and the authors' code differ we follow the code, which made the published numbers:
- 1. The optimum of eta |eps_net - eps|^2 + sqrt(1 - alpha_bar) <eps_net, grad Q> is at grad Q / (2 eta), where Theorem 2
+Where paper and authors' code differ, this is the code's way, which made the published numbers:
+ 1. The optimum of eta |eps_net - eps|^2 + sqrt(1 - alpha_bar_t) <eps_net, grad Q> is at grad Q / (2 eta), where Theorem 2
     has grad Q / eta: eta absorbs the factor 2.
  2. Losses are means over batch and action dimensions, not sums over dimensions; b has its meaning only with that.
  3. Guidance is the gradient of the mean of the target critics, divided by the batch mean of |Q|.
  4. N next actions per transition, reduced per critic (mean; max on AntMaze), where Algorithm 1 draws one.
- 5. The step of eta is at most eta_lr, eta stays in [eta_min, eta_max], and it uses the loss before the actor's step.
- 6. Critic targets move before the actor's step, the actor's target only every fifth update and only after 1000.
- 7. Reverse steps have variance beta_t and clip the predicted action to [-1, 1] each time.
+ 5. eta moves by at most eta_lr, within [eta_min, eta_max], by the loss before the actor's step.
+ 6. Critic targets move before the actor's step, the actor's target each fifth update from number 1005 on.
+ 7. Reverse steps have variance beta_t and clip the predicted action to [-1, 1].
  8. Evaluation takes the best of 10 samples of the online actor by the mean of the target critics.
  9. Rewards are multiplied by 1000 / (range of trajectory returns), on AntMaze too, without the usual shift by -1.
 """
@@ -48,7 +48,8 @@ from tqdm import tqdm
 from common import UserError, describe, evaluate, load_dataset, record_video, strip_version
 
 ALGORITHM = "dac"
-PER_CALL = ("resume", "eval_only", "episodes", "video", "run_dir")  # arguments that are no part of a run
+PER_CALL = ("resume", "eval_only", "episodes", "video", "run_dir")  # arguments that a run does not keep
+MAY_CHANGE = ("data", "device", "compile", "run_dir")  # arguments that may differ when a run is resumed
 EVAL_COLUMNS = ("eval/return", "eval/normalized_score", "eval/episode_length")
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -60,7 +61,7 @@ class Args:
     env: str = "hopper-medium"  # task, Minari id (mujoco/hopper/medium-v0) or, with a file as data, any Gymnasium id
     data: str = "auto"  # auto, d4rl, minari, bundled, or the path of an HDF5 or NPZ file in D4RL's layout
     seed: int = 0  # seed of initialisation, batches and noise; evaluation has seeds of its own
-    device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
     total_steps: int = 2_000_000  # updates, also the length K of the cosine schedules
     batch_size: int = 256  # transitions per update, B
     eval_every: int = 10_000  # updates between evaluations, beginning before the first update
@@ -183,9 +184,7 @@ class Critics(nn.Module):
 # --------------------------------------------------------------------------------------------------- generative model
 
 
-class Schedule(NamedTuple):
-    """Constants of the diffusion, each [T + 1]: index t = 1..T, and 0 for the clean action."""
-
+class Schedule(NamedTuple):  # constants of the diffusion, each [T + 1]: index t = 1..T, and 0 for the clean action
     signal: Tensor  # sqrt(alpha_bar_t)
     noise: Tensor  # sqrt(1 - alpha_bar_t)
     mean_x0: Tensor  # weight of the predicted action in the posterior mean
@@ -226,9 +225,7 @@ class Batch(NamedTuple):
     not_done: Tensor  # [B], 0 at a terminal, else 1; a timeout is no terminal
 
 
-class Draws(NamedTuple):
-    """The random numbers of one update."""
-
+class Draws(NamedTuple):  # the random numbers of one update
     next_noise: Tensor  # [T, B N, A], for the next actions
     t: Tensor  # [B], uniform in 1..T
     eps: Tensor  # [B, A], the noise to be predicted
@@ -404,10 +401,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
-    """The arguments and, with --resume or --eval-only, the state of that run.
-
-    Defaults < preset of the task < --quick < what was typed. A resumed run keeps its arguments; typing others is an error.
-    """
+    """Defaults < preset of the task < --quick < what was typed; and, with --resume or --eval-only, the state of that run."""
     typed, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
     if typed.resume is None and typed.eval_only is None:
         state, own = None, PRESETS.get(strip_version(typed.env), {}) | (QUICK if typed.quick else {})
@@ -422,7 +416,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
         least = 1 if isinstance(value, int) and name not in ("seed", "actor_target_start") else 0
         if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more", status=2)
-        if state and name in own and name not in ("data", "device", "compile", "run_dir") and value != own[name]:
+        if state and name in own and name not in MAY_CHANGE and value != own[name]:
             raise UserError(f"--{name.replace('_', '-')} {value}: {state['path']} was made with {own[name]}", status=2)
     return args, state
 
@@ -442,15 +436,12 @@ def transform_rewards(rew: np.ndarray, ends: np.ndarray, kind: str) -> np.ndarra
 
 def main(argv: list[str] | None = None) -> dict:
     args, state = parse_args(argv)
-    try:
-        device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: not to be had here ({str(error).splitlines()[0]})", status=2) from None
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device here, or torch was installed without CUDA", status=2)
+    device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
 
     def score(episodes: int) -> dict[str, float]:
-        """One evaluation, a function of weights and step alone: at each step other episodes, the same in all runs."""
-        result = evaluate(agent.act, info, episodes, seed=1_000_000 + agent.step)
+        result = evaluate(agent.act, info, episodes, seed=1_000_000 + agent.step)  # the same episodes in all runs
         means = {f"eval/{name}": float(values.mean()) for name, values in result.items()}
         tqdm.write(f"update {agent.step:,}: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
         return means
@@ -485,8 +476,8 @@ def main(argv: list[str] | None = None) -> dict:
         if device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], device)
     else:
-        folder, rows, seconds = args.run_dir / args.env / ALGORITHM, [], 0.0
-        folder /= time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
+        rows, seconds = [], 0.0
+        folder = args.run_dir / args.env / ALGORITHM / time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
         folder.mkdir(parents=True)
 
     # run folder
@@ -496,7 +487,7 @@ def main(argv: list[str] | None = None) -> dict:
     columns = ["step", *(f"train/{name}" for name in DAC.metrics), *EVAL_COLUMNS, "time/updates_per_s"]
     table = csv.DictWriter((folder / "metrics.csv").open("w", buffering=1), columns)
     table.writeheader()
-    table.writerows(rows)  # of a resumed run, up to its checkpoint
+    table.writerows(rows)  # those of a resumed run end at its checkpoint
     board = SummaryWriter(str(folder), purge_step=agent.step + 1)
     stop = threading.Event()  # set by the first signal: the run ends after a whole update; a second one kills it
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -526,9 +517,9 @@ def main(argv: list[str] | None = None) -> dict:
             window = time.perf_counter()
         if metrics is not None and (step % args.checkpoint_every == 0 or last):
             content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "agent": agent.state_dict()}
-            content |= {"obs_dim": data.obs.shape[1], "act_dim": data.act.shape[1]}
-            content |= {"seconds": seconds + time.perf_counter() - started, "rng": torch.get_rng_state()}
+            content |= {"obs_dim": data.obs.shape[1], "act_dim": data.act.shape[1], "rng": torch.get_rng_state()}
             content |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+            content |= {"seconds": seconds + time.perf_counter() - started}
             save_checkpoint(folder / "checkpoint.pt", content)
         if last:
             break
@@ -546,10 +537,7 @@ def main(argv: list[str] | None = None) -> dict:
     result |= {"updates": step, "seconds": seconds + time.perf_counter() - started, "versions": info["versions"]}
     if scores:
         result |= {"final_score": float(np.mean(scores[-5:])), "last_score": scores[-1], "best_score": max(scores)}
-        print(
-            f"final score {result['final_score']:.1f} on {info['id']}: mean of the last {len(scores[-5:])} evaluations ", end=""
-        )
-        print(f"(last {scores[-1]:.1f}, best {max(scores):.1f})")
+        print(f"final score {result['final_score']:.1f} on {info['id']} (mean of the last {len(scores[-5:])} evaluations)")
     (folder / "result.json").write_text(json.dumps(result, indent=1))
     return result
 

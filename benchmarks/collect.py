@@ -12,9 +12,9 @@ Qualities, after D4RL (Fu et al., arXiv:2004.07219):
   medium-expert   rows/2 of each, medium first
 All policies act as SAC trained them, by sampling; evaluation samples too, so --medium-return speaks about the data.
 
-Files hold observations, actions, rewards (float32), terminals, timeouts (bool), one row per step. Only whole episodes are
-written: each ends in a terminal or in a timeout, never in both. The attributes record how the file was made. These are not
-the D4RL files, and a score on them is not a D4RL score.
+Files hold observations, actions, rewards (float32), terminals, timeouts (bool), one row per step. Only whole episodes
+are written: each ends in a terminal or in a timeout, never in both. The attributes record how the file was made. These
+are not the D4RL files, and a score on them is not a D4RL score.
 
 Everything may be killed and started again with the same command: training goes on from its last snapshot with the same
 result as without the break, and finished files are left alone.
@@ -147,7 +147,7 @@ def concatenate(parts: list[Rows]) -> Rows:
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-# --- Rollouts -----------------------------------------------------------------------------------------------------------
+# --- Rollouts ---------------------------------------------------------------------------------------------------------
 
 
 def rollout(model: SAC, env_id: str, seed: int, min_episodes: int = 1, min_rows: int = 1, label: str = "") -> Rows:
@@ -183,7 +183,7 @@ def rollout(model: SAC, env_id: str, seed: int, min_episodes: int = 1, min_rows:
     return dict(zip([*DTYPES, "next_observations"], map(np.concatenate, columns)))
 
 
-# --- Training -----------------------------------------------------------------------------------------------------------
+# --- Training ---------------------------------------------------------------------------------------------------------
 
 
 def snapshots(work: Path, total_steps: int) -> dict[Path, float]:
@@ -206,8 +206,8 @@ def train(args: Args, work: Path, until_medium: bool) -> None:
     """Train SAC, one snapshot folder per `snapshot_every` steps, until the medium policy or for `total_steps`.
 
     A folder <steps>/ holds the model with its optimisers, the transitions since the snapshot before, and the score. It
-    appears under its name only when complete. Environment and random numbers start afresh at every snapshot, from a seed
-    that depends on the step, so continuing from a folder gives exactly what an unbroken run gives.
+    appears under its name only when complete. Environment and random numbers start afresh at every snapshot, from a
+    seed that depends on the step, so continuing from a folder gives exactly what an unbroken run gives.
     """
     env = make_env(ENVS[args.env][0])
     # the buffer never wraps, for it is the medium-replay dataset; the last episode may pass the last snapshot
@@ -259,7 +259,7 @@ def training_recipe(args: Args) -> dict[str, object]:
     )
 
 
-# --- Datasets -----------------------------------------------------------------------------------------------------------
+# --- Datasets ---------------------------------------------------------------------------------------------------------
 
 
 def collect(args: Args, quality: str, work: Path) -> tuple[Rows, dict[str, object]]:
@@ -312,7 +312,7 @@ def write_minari(dataset_id: str, rows: Rows, args: Args, description: str) -> N
     if namespace and namespace not in list_local_namespaces():
         create_namespace(namespace)
     spec = make_env(env_id).spec
-    # Minari writes in place under the final name; a root of its own until it is complete keeps half a dataset out of sight
+    # Minari writes in place under the final name; a root of its own until then keeps half a dataset out of sight
     with warnings.catch_warnings(action="ignore"), tempfile.TemporaryDirectory(prefix=".collect", dir=root) as part:
         os.environ["MINARI_DATASETS_PATH"] = part
         try:

@@ -1,0 +1,109 @@
+"""The repository itself: the README's commands, file lengths, pinned requirements, helpers that must stay the same."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import common
+import dac
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [name for name in ("dac.py", "qdq.py", "cped.py") if (ROOT / name).exists()]
+README = (ROOT / "README.md").read_text()
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
+
+
+def test_the_readme_has_its_two_commands_and_ci_runs_its_test_command():
+    assert "python dac.py --env hopper-medium --quick" in readme_commands()
+    assert "pip install -r requirements.txt" in readme_commands()
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "ruff check . && ruff format --check . && python -m pytest -q" in README
+    assert "ruff check . && ruff format --check . && python -m pytest -q" in ci
+
+
+@pytest.mark.parametrize("line", [line for line in readme_commands() if line.startswith("python ") and ".py" in line])
+def test_readme_commands_parse(line, monkeypatch, tmp_path):
+    """Each flag of each command exists and its values are of the right kind; checkpoints are taken as given."""
+    script, *flags = shlex.split(line)[1:]
+    assert (ROOT / script).exists()
+    if script in SCRIPTS:
+        module = __import__(script.removesuffix(".py"))
+        state = {"args": {}, "path": tmp_path / "checkpoint.pt"}
+        monkeypatch.setattr(module, "load_checkpoint", lambda path: state)
+        monkeypatch.chdir(tmp_path)
+        newest = tmp_path / f"runs/hopper-medium/{module.ALGORITHM}/seed1-20260101-120000/checkpoint.pt"
+        newest.parent.mkdir(parents=True)
+        newest.touch()
+        args, _ = module.parse_args(flags)
+        assert isinstance(args, module.Args)
+
+
+def test_the_python_examples_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(blocks[0], {})
+    arrays, info = common.load_dataset("Hopper-v4", "my.npz")
+    assert info["episodes"] == 10 and len(arrays["obs"]) == 9990
+    for block in blocks[1:]:
+        ast.parse(block)
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "common.py"])
+def test_file_lengths(name):
+    ceiling = 400 if name == "common.py" else 550
+    assert len((ROOT / name).read_text().splitlines()) <= ceiling
+
+
+def test_requirements_are_pinned():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w-]+(\[[\w,]+\])?==[\w.]+", line) for line in lines)
+    (mujoco,) = [line for line in lines if line.startswith("mujoco==")]
+    assert tuple(map(int, mujoco.split("==")[1].split(".")))[:2] < (3, 5)  # 3.5 changed Hopper's contacts
+
+
+def test_every_argument_is_explained():
+    source = (ROOT / "dac.py").read_text()
+    (args,) = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args"]
+    lines = source.splitlines()
+    for field in args.body:
+        own, above = lines[field.lineno - 1], lines[field.lineno - 2].strip()
+        assert "  # " in own or (above.startswith("# ") and len(above) > 20), field.target.id
+
+
+def functions(name: str) -> dict[str, str]:
+    source = (ROOT / name).read_text()
+    return {
+        node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)
+    }
+
+
+SHARED = ("soft_update", "gradient_step", "save_checkpoint", "load_checkpoint", "parse_args", "shuffled_batches")
+
+
+def test_shared_helpers_are_the_same_text_in_all_scripts():
+    reference = functions("dac.py")
+    assert set(SHARED) <= set(reference)
+    for script in SCRIPTS[1:]:
+        own = functions(script)
+        for name in SHARED:
+            assert own.get(name, reference[name]) == reference[name], f"{name} differs between dac.py and {script}"
+
+
+def test_the_scripts_have_the_same_sections():
+    banner = r"^# -{20,} (.*)$"
+    sections = re.findall(banner, (ROOT / "dac.py").read_text(), re.M)
+    assert len(sections) == 7
+    for script in SCRIPTS[1:]:
+        assert re.findall(banner, (ROOT / script).read_text(), re.M) == sections
+
+
+def test_dac_is_importable_without_side_effects():
+    assert dac.ALGORITHM == "dac"
