@@ -293,7 +293,7 @@ class DAC:
         self.eta = torch.tensor(args.eta, device=device)
         constants = vp_schedule(args.diffusion_steps, args.beta_min, args.beta_max)
         self.schedule = Schedule(*(c.to(device, torch.get_default_dtype()) for c in constants))
-        compiled = torch.compile if args.compile else lambda function: function
+        compiled = (lambda f: torch.compile(f, dynamic=False)) if args.compile else (lambda f: f)
         self.td_target, self.critic_loss = compiled(td_target), compiled(critic_loss)
         self.q_gradient, self.actor_loss = compiled(q_gradient), compiled(actor_loss)
 
