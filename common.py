@@ -1,7 +1,7 @@
 """Datasets and evaluation for dac.py, qdq.py and cped.py; nothing else lives here.
 
-`load_dataset` returns the arrays of a dataset and the plain facts about it (`info`), `evaluate` plays whole episodes.
-Who copies an algorithm file into another project replaces these two functions.
+`load_dataset` returns the arrays of a dataset and the plain facts about it (`info`), `evaluate` plays whole episodes: who
+copies an algorithm file into another project replaces these two.
 Shapes: N transitions, S observation dimension, A action dimension, E episodes. Actions are in [-1, 1] on both sides.
 """
 
@@ -26,12 +26,8 @@ import requests
 import torch
 
 # D4RL's reference returns (random policy, expert policy), the same for every dataset version.
-REFERENCE_RETURNS = {
-    "hopper": (-20.272305, 3234.3),
-    "halfcheetah": (-280.178953, 12135.0),
-    "walker2d": (1.629008, 4592.3),
-    "antmaze": (0.0, 1.0),
-}
+REFERENCE_RETURNS = {"hopper": (-20.272305, 3234.3), "halfcheetah": (-280.178953, 12135.0)}
+REFERENCE_RETURNS |= {"walker2d": (1.629008, 4592.3), "antmaze": (0.0, 1.0)}
 # The -v4 models and rewards are those of D4RL's -v2 data; MuJoCo is pinned below 3.5, which changed Hopper's contacts.
 EVALUATION_ENVS = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
 ANTMAZE_FILES = {
@@ -118,9 +114,8 @@ def load_dataset(env: str, data: str = "auto", need_env: bool = True) -> tuple[d
     arrays["act"] = ((arrays["act"] - (low + high) / 2) / ((high - low) / 2)).astype(np.float32)
     info = {"id": (official or [name])[0], "file": str(path), "sha256": digest} | facts | counts
     info["mean_score"] = None if info["ref_min"] is None else float(normalized_score(info["mean_return"], info))
-    packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
-    info["versions"] = {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
-    return arrays, info
+    info["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
+    return arrays, info | {"versions": {"python": sys.version.split()[0]} | info["versions"]}
 
 
 def strip_version(env: str) -> str:
@@ -168,11 +163,11 @@ def find_file(task: str, data: str) -> tuple[Path, str]:
     """File and dataset id of a D4RL task: from the cache, a mirror or, with no network or on request, bundled."""
     name, path = strip_version(task), d4rl_path(task)
     bundled = BUNDLED / f"{name}.hdf5"
-    if data == "bundled" and not bundled.exists():
-        have = ", ".join(sorted(file.stem for file in BUNDLED.glob("*.hdf5"))) or "none"
-        raise UserError(f"--data bundled: no sample of {name} comes along, only of: {have}", status=2)
     if data == "bundled":
-        return bundled, f"bundled/{name}"
+        if bundled.exists():
+            return bundled, f"bundled/{name}"
+        have = ", ".join(file.stem for file in BUNDLED.glob("*.hdf5")) or "nothing"
+        raise UserError(f"--data bundled: no sample of {name} comes along, only of {have}", status=2)
     # The D4RL package's own folder and file names: what it downloaded is found, and what we download it will find.
     cache = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     target = cache / path.split("/")[-1]
@@ -180,13 +175,12 @@ def find_file(task: str, data: str) -> tuple[Path, str]:
         if sha256(target) != D4RL_SHA256[task]:
             raise UserError(f"{target} is not D4RL's {task}: delete it to download that, or use it with --data {target}")
         return target, f"d4rl/{task}"
-    failures = []
+    failures, loader = [], pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT, chunk_size=1 << 18)
     for url in [mirror(path) for mirror in MIRRORS]:
         if not answers(url):
             failures.append(f"{url}: no answer")
             continue
         try:
-            loader = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT, chunk_size=1 << 18)
             pooch.retrieve(url, f"sha256:{D4RL_SHA256[task]}", target.name, cache, downloader=loader)  # atomic
             return target, f"d4rl/{task}"
         except (requests.RequestException, ValueError) as error:  # ValueError: another file than D4RL's
@@ -198,9 +192,9 @@ def find_file(task: str, data: str) -> tuple[Path, str]:
         print(f"{line}\n!! NO NETWORK for D4RL's {task}: this run uses the small BUNDLED sample instead.", file=sys.stderr)
         print(f"!! Its scores are not D4RL scores. --data d4rl insists on D4RL's file.\n{line}", file=sys.stderr)
         return bundled, f"bundled/{name}"
-    fetch = "\n".join(f"  curl -L -o {target} {mirror(path)}" for mirror in MIRRORS)
-    hint = "\nor train on the small sample with --data bundled" if bundled.exists() else ""
-    raise UserError(f"{target} does not exist and cannot be downloaded ({'; '.join(failures)}); get it by\n{fetch}{hint}")
+    ways = [f"  curl -L -o {target} {mirror(path)}" for mirror in MIRRORS]
+    ways += ["or train on the small sample with --data bundled"] if bundled.exists() else []
+    raise UserError("\n".join([f"{target} does not exist and cannot be downloaded ({'; '.join(failures)}); get it by", *ways]))
 
 
 def answers(url: str) -> bool:
@@ -261,8 +255,8 @@ def load_minari(dataset_id: str) -> tuple[dict[str, np.ndarray], Path, dict]:
     known = gym.registry.get(spec.id)
     if known is None or known.entry_point != spec.entry_point or spec.additional_wrappers:
         raise UserError(f"{dataset_id} wants the environment {spec.id}, which is not registered with Gymnasium like that")
-    columns = []
-    for e in dataset.iterate_episodes():  # T + 1 observations: the last one is the true next observation
+    columns = []  # of each episode; it has T + 1 observations, for the last one is the true next observation
+    for e in dataset.iterate_episodes():
         obs = flatten(dataset.observation_space, e.observations)
         columns.append((obs[:-1], e.actions, e.rewards, e.terminations, e.truncations, obs[1:]))
     raw = dict(zip((*KEYS, "next_observations"), map(np.concatenate, zip(*columns))))
@@ -278,7 +272,7 @@ def flatten(space: gym.Space, values) -> np.ndarray:
 
 
 def check(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
-    """One sentence about the first thing that is wrong with the raw arrays; [N, 1] columns become [N]."""
+    """Raises one sentence about the first thing that is wrong with the raw arrays; [N, 1] columns become [N]."""
     if missing := [key for key in KEYS if key not in raw]:
         raise UserError(f"{path} lacks {', '.join(missing)}: it must hold {', '.join(KEYS)}")
     rows = raw["actions"].shape[:1]
@@ -290,12 +284,12 @@ def check(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
             raise UserError(f"{path}: {key} has type {array.dtype} and {shapes}")
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {key} has NaN or infinity in row {np.argwhere(~np.isfinite(array))[0][0]}")
-    sizes, env_sizes = [raw[key].shape[1] for key in KEYS[:2]], [facts["obs_dim"], np.size(facts["act_low"])]
+    low, high = np.asarray(facts["act_low"]), np.asarray(facts["act_high"])
+    sizes, env_sizes = [raw[key].shape[1] for key in KEYS[:2]], [facts["obs_dim"], low.size]
     if facts["env"] and sizes != env_sizes:
         raise UserError(f"{path}: sizes of observation and action are {sizes}, but {env_sizes} where --env evaluates")
     margin = 1e-5  # rounding of an action that was stored in another precision
-    outside = (raw["actions"] < np.asarray(facts["act_low"]) - margin) | (raw["actions"] > np.asarray(facts["act_high"]) + margin)
-    if outside.any():
+    if (outside := (raw["actions"] < low - margin) | (raw["actions"] > high + margin)).any():
         raise UserError(f"{path}: the action in row {np.argwhere(outside)[0][0]} is outside the box of the environment")
     if not (raw["terminals"].astype(bool) | raw["timeouts"].astype(bool)).any():
         raise UserError(f"{path}: not one whole episode, for there is neither a terminal nor a timeout in {rows[0]} rows")
@@ -330,7 +324,7 @@ def describe(info: dict) -> str:
     """What every run prints first: which data this is, and where the policy is evaluated."""
     score = "no reference returns" if info["mean_score"] is None else f"normalised score {info['mean_score']:.1f}"
     counts = [f"{info[name]:,} {name}" for name in ("rows", "dropped", "transitions", "episodes", "terminals", "timeouts")]
-    versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
+    versions = ", ".join(" ".join(item) for item in info["versions"].items())
     return f"""dataset     {info["id"]} (SHA-256 {info["sha256"][:12]}, {info["file"]})
             {", ".join(counts)}
             mean episode return {info["mean_return"]:.1f}, {score}
@@ -393,6 +387,8 @@ def record_video(act: Callable, info: dict, path: Path, seed: int) -> float:
     total, over = 0.0, False
     try:
         with make_env(info, render_mode="rgb_array") as env, imageio.get_writer(path, fps=env.metadata["render_fps"]) as film:
+            if (renderer := getattr(env.unwrapped, "mujoco_renderer", None)) and env.unwrapped.model.ncam:
+                renderer.camera_id = 0  # the model's own camera follows the robot, Gymnasium's stays behind
             obs, _ = env.reset(seed=seed)
             while not over:
                 obs, reward, terminated, truncated, _ = env.step(act(obs[None].astype(np.float32))[0])

