@@ -14,7 +14,6 @@ import re
 import sys
 import threading
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,8 +39,7 @@ ANTMAZE_FILES = {
 }
 TASKS = [f"{robot}-{quality}" for robot in EVALUATION_ENVS for quality in ("medium", "medium-replay", "medium-expert")]
 TASKS += [f"antmaze-{maze}" for maze in ANTMAZE_FILES]
-# SHA-256 of every D4RL file, as pinned by TensorFlow Datasets.
-D4RL_SHA256 = {
+D4RL_SHA256 = {  # of every D4RL file, as pinned by TensorFlow Datasets
     "hopper-medium-v2": "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0",
     "hopper-medium-replay-v2": "e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b",
     "hopper-medium-expert-v2": "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26",
@@ -96,23 +94,27 @@ def load_dataset(env: str, data: str = "auto", need_env: bool = True) -> tuple[d
     each trajectory), and `info`: identity, counts, mean return and score, evaluation environment.
     """
     if data.lower().endswith((".hdf5", ".h5", ".npz")):
-        path, name = Path(data), f"file/{Path(data).name}"
-        raw, facts = read_file(path), task_facts(env, need_env)
+        facts, path, name = task_facts(env, need_env), Path(data), f"file/{Path(data).name}"
+        raw = read_file(path)
     elif data == "minari" or (data == "auto" and "/" in env):
-        raw, path, facts = load_minari(env)
+        raw, path, facts = load_minari(env, need_env)
         name = f"minari/{env}"
     elif data in ("auto", "d4rl", "bundled"):
-        path, name = find_file(d4rl_name(env), data)
-        raw, facts = read_file(path), task_facts(env, need_env)
+        task, facts = d4rl_name(env), task_facts(env, need_env)
+        path, name = find_file(task, data)
+        raw = read_file(path)
     else:
         raise UserError(f"--data {data}: neither auto, d4rl, minari or bundled nor an .hdf5 or .npz file", status=2)
     digest = sha256(path)
-    official = [f"d4rl/{task}" for task, checksum in D4RL_SHA256.items() if checksum == digest]
+    if official := [task for task, checksum in D4RL_SHA256.items() if checksum == digest]:
+        name = f"d4rl/{official[0]}"
+        if strip_version(env) in TASKS and strip_version(env) != strip_version(official[0]):
+            raise UserError(f"{path} is D4RL's {official[0]}, not {env}: correct --env or --data", status=2)
     check(raw, facts, path)
     arrays, counts = to_transitions(raw)
     low, high = np.asarray(facts["act_low"]), np.asarray(facts["act_high"])
     arrays["act"] = ((arrays["act"] - (low + high) / 2) / ((high - low) / 2)).astype(np.float32)
-    info = {"id": (official or [name])[0], "file": str(path), "sha256": digest} | facts | counts
+    info = {"id": name, "file": str(path), "sha256": digest} | facts | counts
     info["mean_score"] = None if info["ref_min"] is None else float(normalized_score(info["mean_return"], info))
     info["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
     return arrays, info | {"versions": {"python": sys.version.split()[0]} | info["versions"]}
@@ -133,7 +135,7 @@ def d4rl_name(env: str) -> str:
 
 def task_facts(env: str, need_env: bool) -> dict:
     """Evaluation environment, sizes and reference returns of a task or a Gymnasium id."""
-    robot = strip_version(env).split("-")[0] if strip_version(env) in TASKS else None
+    robot = env.split("-")[0] if env.split("-")[0] in REFERENCE_RETURNS else None  # also of hopper-expert and the like
     env_id = EVALUATION_ENVS.get(robot) if robot else env
     ref_min, ref_max = REFERENCE_RETURNS.get(robot, (None, None))
     if not need_env:
@@ -142,21 +144,16 @@ def task_facts(env: str, need_env: bool) -> dict:
         near = ", ".join(difflib.get_close_matches(env, [*TASKS, *gym.registry])) or "none"
         reason = "has no evaluation environment here" if robot else f"is no task and no Gymnasium id (near it: {near})"
         raise UserError(f"--env {env} {reason}; --no-eval trains without an environment", status=2)
-    return {"env": env_id, "ref_min": ref_min, "ref_max": ref_max} | env_facts(env_id)
-
-
-def env_facts(env: str) -> dict:
-    with make_env({"env": env}) as built:
-        box = built.unwrapped.action_space
-        return {"obs_dim": built.observation_space.shape[0], "act_low": box.low.tolist(), "act_high": box.high.tolist()}
+    with make_env({"env": env_id}) as built:
+        obs_dim, box = built.observation_space.shape[0], built.unwrapped.action_space
+    facts = {"env": env_id, "ref_min": ref_min, "ref_max": ref_max, "obs_dim": obs_dim}
+    return facts | {"act_low": box.low.tolist(), "act_high": box.high.tolist()}
 
 
 def sha256(path: Path) -> str:
     """Of a file or, for Minari, of all files in a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        digest.update(file.read_bytes() if file.is_file() else b"")
-    return digest.hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def find_file(task: str, data: str) -> tuple[Path, str]:
@@ -166,8 +163,7 @@ def find_file(task: str, data: str) -> tuple[Path, str]:
     if data == "bundled":
         if bundled.exists():
             return bundled, f"bundled/{name}"
-        have = ", ".join(file.stem for file in BUNDLED.glob("*.hdf5")) or "nothing"
-        raise UserError(f"--data bundled: no sample of {name} comes along, only of {have}", status=2)
+        raise UserError(f"--data bundled: only {[file.stem for file in BUNDLED.glob('*.hdf5')]} come along", status=2)
     # The D4RL package's own folder and file names: what it downloaded is found, and what we download it will find.
     cache = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     target = cache / path.split("/")[-1]
@@ -186,7 +182,7 @@ def find_file(task: str, data: str) -> tuple[Path, str]:
         except (requests.RequestException, ValueError) as error:  # ValueError: another file than D4RL's
             failures.append(f"{url}: {str(error).splitlines()[0]:.200}")
         except OSError as error:
-            raise UserError(f"cannot write {target}: {error.strerror}; D4RL_DATASET_DIR names another folder") from None
+            raise UserError(f"cannot write {target}: {error.strerror or error}; D4RL_DATASET_DIR names another folder") from None
     if data == "auto" and bundled.exists() and all(failure.endswith(": no answer") for failure in failures):
         line = "!" * 100
         print(f"{line}\n!! NO NETWORK for D4RL's {task}: this run uses the small BUNDLED sample instead.", file=sys.stderr)
@@ -224,20 +220,20 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
     """Raw arrays of a file in D4RL's flat layout: `KEYS` and, where there, next_observations."""
     if not path.is_file():
         raise UserError(f"{path} does not exist", status=2)
-    if path.read_bytes()[:512].lstrip().startswith(b"<"):
+    if path.open("rb").read(512).lstrip().startswith(b"<"):
         raise UserError(f"{path} is a web page, not a dataset: download it again")
     wanted = (*KEYS, "next_observations")
     try:
-        if zipfile.is_zipfile(path):
+        if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 return {key: file[key] for key in wanted if key in file}
         with h5py.File(path, "r") as file:
             return {key: file[key][()] for key in wanted if isinstance(file.get(key), h5py.Dataset)}
-    except Exception as error:  # a damaged file can fail anywhere in h5py and zipfile
+    except Exception as error:  # a damaged file can fail anywhere in h5py and numpy
         raise UserError(f"{path} is no HDF5 or NPZ file, or a damaged one ({error!r:.200})") from None
 
 
-def load_minari(dataset_id: str) -> tuple[dict[str, np.ndarray], Path, dict]:
+def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray], Path, dict]:
     """Raw arrays, data file and facts of a Minari dataset, local or downloaded; reference returns only if it has its own."""
     import minari  # here, because few runs need it and it takes a while
 
@@ -250,18 +246,22 @@ def load_minari(dataset_id: str) -> tuple[dict[str, np.ndarray], Path, dict]:
         dataset = minari.load_dataset(dataset_id, download=not local)
     except Exception as error:  # Minari's storages and remotes raise types of their own
         raise UserError(f"Minari cannot load {dataset_id} ({error!r:.300})") from None
-    metadata = dataset.storage.metadata
-    spec = gym.envs.registration.EnvSpec.from_json(metadata.get("eval_env_spec") or metadata["env_spec"])
-    known = gym.registry.get(spec.id)
-    if known is None or known.entry_point != spec.entry_point or spec.additional_wrappers:
-        raise UserError(f"{dataset_id} wants the environment {spec.id}, which is not registered with Gymnasium like that")
+    metadata, box = dataset.storage.metadata, dataset.action_space
+    spec = (dataset._eval_env_spec or dataset.env_spec) if need_env else None  # made by Minari to fit this Gymnasium
+    known = gym.registry.get(spec.id) if spec else None
+    if need_env and (known is None or known.entry_point != spec.entry_point or spec.additional_wrappers):
+        raise UserError(f"{dataset_id}: environment {spec and spec.id} is not registered with Gymnasium; see --no-eval")
+    if not isinstance(box, gym.spaces.Box) or not box.is_bounded():
+        raise UserError(f"{dataset_id}: the action space is {box}, but only bounded boxes will do")
     columns = []  # of each episode; it has T + 1 observations, for the last one is the true next observation
     for e in dataset.iterate_episodes():
         obs = flatten(dataset.observation_space, e.observations)
         columns.append((obs[:-1], e.actions, e.rewards, e.terminations, e.truncations, obs[1:]))
     raw = dict(zip((*KEYS, "next_observations"), map(np.concatenate, zip(*columns))))
-    facts = {"env": spec.to_json(), "ref_min": metadata.get("ref_min_score"), "ref_max": metadata.get("ref_max_score")}
-    return raw, Path(dataset.storage.data_path), facts | env_facts(facts["env"])
+    facts = {"env": spec.to_json() if spec else None, "obs_dim": raw["observations"].shape[1]}
+    facts |= {"ref_min": metadata.get("ref_min_score"), "ref_max": metadata.get("ref_max_score")}
+    facts |= {"act_low": box.low.tolist(), "act_high": box.high.tolist()}
+    return raw, Path(dataset.storage.data_path), facts
 
 
 def flatten(space: gym.Space, values) -> np.ndarray:
@@ -275,7 +275,7 @@ def check(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
     """Raises one sentence about the first thing that is wrong with the raw arrays; [N, 1] columns become [N]."""
     if missing := [key for key in KEYS if key not in raw]:
         raise UserError(f"{path} lacks {', '.join(missing)}: it must hold {', '.join(KEYS)}")
-    rows = raw["actions"].shape[:1]
+    rows = raw["actions"].shape[:1] or (0,)
     for key in KEYS[2:]:
         raw[key] = raw[key].squeeze(1) if raw[key].shape == (*rows, 1) else raw[key]
     for key, array in raw.items():
@@ -291,7 +291,7 @@ def check(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
     margin = 1e-5  # rounding of an action that was stored in another precision
     if (outside := (raw["actions"] < low - margin) | (raw["actions"] > high + margin)).any():
         raise UserError(f"{path}: the action in row {np.argwhere(outside)[0][0]} is outside the box of the environment")
-    if not (raw["terminals"].astype(bool) | raw["timeouts"].astype(bool)).any():
+    if rows[0] < 2 or not (raw["terminals"].astype(bool) | raw["timeouts"].astype(bool)).any():
         raise UserError(f"{path}: not one whole episode, for there is neither a terminal nor a timeout in {rows[0]} rows")
 
 
@@ -310,9 +310,7 @@ def to_transitions(raw: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], d
         keep[-1] = False
     arrays = {"obs": obs, "act": raw["actions"], "rew": raw["rewards"], "next_obs": next_obs, "not_done": ~terminal}
     arrays = {key: np.ascontiguousarray(array[keep], dtype=np.float32) for key, array in arrays.items()}
-    ends = (terminal | timeout)[keep]
-    ends[:-1] |= np.linalg.norm(arrays["obs"][1:] - arrays["next_obs"][:-1], axis=1) > 1e-6
-    ends[-1:] = True
+    ends = (terminal | timeout | np.r_[~keep[1:], True])[keep]  # a trajectory also ends where its next row is dropped
     stops = np.flatnonzero(terminal | timeout) + 1  # whole episodes only: an unfinished tail has no return
     returns = np.add.reduceat(raw["rewards"].astype(np.float64)[: stops[-1]], np.r_[0, stops[:-1]])
     counts = {"rows": len(obs), "dropped": int((~keep).sum()), "transitions": int(keep.sum()), "episodes": len(stops)}
@@ -343,8 +341,11 @@ def make_env(info: dict, **kwargs) -> gym.Env:
     """The evaluation environment of a dataset: observations flat in the order of `flatten`, actions in [-1, 1]."""
     if info["env"] is None:
         raise UserError("there is no environment to evaluate in: the run was trained with --no-eval")
-    with warnings.catch_warnings(action="ignore"):  # that there are newer ids than -v4
-        env = gym.make(env_spec(info["env"]), **kwargs)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that there are newer ids than -v4
+            env = gym.make(env_spec(info["env"]), **kwargs)
+    except (ImportError, gym.error.Error) as error:
+        raise UserError(f"Gymnasium cannot make {env_spec(info['env']).id} ({error})") from None
     if env.spec.max_episode_steps is None:
         raise UserError(f"{env.spec.id} has no time limit, so its episodes may never end")
     if not (isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded()):
@@ -360,9 +361,9 @@ def normalized_score(returns, info: dict):
 def evaluate(act: Callable, info: dict, episodes: int, seed: int) -> dict[str, np.ndarray]:
     """Plays whole episodes side by side, with one call of `act` per step for all of them.
 
-    act: observations [E, S] -> actions [E, A] in [-1, 1]. Episode i is reset with seed + i; what Gymnasium plays in its
-    environment after its end does not count. torch's random numbers depend on `seed` alone and are left as they were.
-    Returns return [E], episode_length [E] and, where the dataset has reference returns, normalized_score [E].
+    act: observations [E, S] -> actions [E, A] in [-1, 1]. Episode i is reset with seed + i and counts until its first end.
+    torch's random numbers depend on `seed` alone and are left as they were. Returns return [E], episode_length [E] and,
+    where the dataset has reference returns, normalized_score [E].
     """
     envs = gym.vector.SyncVectorEnv([lambda: make_env(info)] * episodes)
     returns, lengths, running = np.zeros(episodes), np.zeros(episodes), np.ones(episodes, bool)
@@ -384,9 +385,9 @@ def record_video(act: Callable, info: dict, path: Path, seed: int) -> float:
         os.environ.setdefault("MUJOCO_GL", "egl")  # must be set before the first rendering: there is no screen
     import imageio.v2 as imageio
 
-    total, over = 0.0, False
+    total, over, env = 0.0, False, make_env(info, render_mode="rgb_array")
     try:
-        with make_env(info, render_mode="rgb_array") as env, imageio.get_writer(path, fps=env.metadata["render_fps"]) as film:
+        with env, imageio.get_writer(path, fps=env.metadata["render_fps"]) as film:
             if (renderer := getattr(env.unwrapped, "mujoco_renderer", None)) and env.unwrapped.model.ncam:
                 renderer.camera_id = 0  # the model's own camera follows the robot, Gymnasium's stays behind
             obs, _ = env.reset(seed=seed)

@@ -399,10 +399,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
         state = load_checkpoint(typed.eval_only or Path(typed.resume[0] if typed.resume else runs[-1]))
         own = state["args"] | {"run_dir": typed.run_dir}
     args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **own), description=__doc__)
+    if (args.episodes or args.video) and not args.eval_only:
+        raise UserError("--episodes and --video go with --eval-only", status=2)
     for name, value in dataclasses.asdict(args).items():
         least = 1 if isinstance(value, int) and name not in ("seed", "actor_target_start") else 0
-        if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more", status=2)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < 2**31:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more, and less than 2^31", status=2)
         if state and name in own and name not in MAY_CHANGE and value != own[name]:
             raise UserError(f"--{name.replace('_', '-')} {value}: {state['path']} was made with {own[name]}", status=2)
     return args, state
@@ -447,7 +449,7 @@ def main(argv: list[str] | None = None) -> dict:
     data = Batch(*(torch.as_tensor(arrays[name][order], device=device) for name in Batch._fields))
     total, split = len(order), len(order) * 19 // 20  # the flow does not learn from the rows behind split
 
-    # agent
+    # agent and run folder
     torch.manual_seed(args.seed)  # initialisation and all noise come from torch, on every device
     agent = CPED(data.obs.shape[1], data.act.shape[1], args, device)
     if args.flow:
@@ -469,8 +471,6 @@ def main(argv: list[str] | None = None) -> dict:
         rows, seconds = [], 0.0
         folder = args.run_dir / args.env / ALGORITHM / time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
         folder.mkdir(parents=True)
-
-    # run folder
     print(f"run folder  {folder}")
     stored = {name: value for name, value in dataclasses.asdict(args).items() if name not in PER_CALL}
     (folder / "args.json").write_text(json.dumps({"args": stored, "dataset": info}, indent=1))
@@ -545,6 +545,6 @@ def main(argv: list[str] | None = None) -> dict:
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        sys.exit(getattr(error, "status", 1))

@@ -79,8 +79,7 @@ class Args:
     quick: bool = False  # a small protocol, ours and not the paper's, for a machine without a GPU
 
     # data
-    # return_range: 1000 r / (largest - smallest trajectory return), as published; minus_one: r - 1
-    reward_transform: Literal["return_range", "minus_one", "none"] = "return_range"
+    reward_transform: Literal["return_range", "minus_one", "none"] = "return_range"  # 1000 r / range of trajectory returns; r - 1
 
     # optimisation
     discount: float = 0.99  # gamma
@@ -128,9 +127,9 @@ PRESETS = {
     "antmaze-large-play": ANTMAZE | {"rho": 1.1, "critic_lr": 1e-3},
     "antmaze-large-diverse": ANTMAZE | {"rho": 1.0, "critic_lr": 1e-3},
 }
-# Ours: with the published settings eta falls to its floor, and so few updates teach nothing.
-QUICK = {"total_steps": 10_000, "eval_every": 2_500, "log_every": 500, "checkpoint_every": 2_500}
-QUICK |= {"num_critics": 2, "num_next_actions": 1, "eta": 1.0, "eta_lr": 0.0}
+# Ours: with the published settings eta falls to its floor within few updates, when the critics do not know much yet.
+QUICK = {"total_steps": 10_000, "eval_every": 1_000, "log_every": 500, "checkpoint_every": 2_500}
+QUICK |= {"num_critics": 2, "num_next_actions": 1, "eta": 0.05, "eta_lr": 0.0, "actor_lr": 1e-3, "critic_lr": 1e-3}
 
 # ----------------------------------------------------------------------------------------------------------- networks
 # Shapes: B batch, S observation dim, A action dim, H critics, N sampled actions, T diffusion steps, E environments.
@@ -138,7 +137,7 @@ QUICK |= {"num_critics": 2, "num_next_actions": 1, "eta": 1.0, "eta_lr": 0.0}
 
 def mish(x: Tensor) -> Tensor:
     """x tanh(softplus(x)) = x - 2x / ((e^x + 1)^2 + 1): one exponential, a quarter of the time of F.mish on a CPU."""
-    return torch.addcdiv(x, x, (x.clamp(max=30).exp() + 1).square().add_(1), value=-2)
+    return nn.functional.mish(x) if x.is_cuda else torch.addcdiv(x, x, (x.clamp(max=30).exp() + 1).square().add_(1), value=-2)
 
 
 class NoisePredictor(nn.Module):
@@ -236,8 +235,8 @@ def td_target(eps_net: nn.Module, critic: nn.Module, batch: Batch, draws: Draws,
     """y = r + discount not_done V(s'), V = mean_h - rho std_h of each critic's mean (or max) over N next actions; [B]."""
     next_obs = batch.next_obs.repeat_interleave(args.num_next_actions, 0)  # [B N, S], row b N + n
     next_act = sample_actions(eps_net, next_obs, draws.next_noise, schedule)
-    # In pieces whose activations stay in the cache: a quarter less time on a CPU.
-    q = torch.cat([critic(o, a) for o, a in zip(next_obs.split(512), next_act.split(512))], 1)
+    piece = len(next_obs) if next_obs.is_cuda else 512  # activations that stay in the cache: a quarter less time on a CPU
+    q = torch.cat([critic(o, a) for o, a in zip(next_obs.split(piece), next_act.split(piece))], 1)
     q = q.unflatten(1, (-1, args.num_next_actions))  # [H, B, N]
     q = q.mean(2) if args.next_action_reduce == "mean" else q.amax(2)
     v = q.mean(0) - args.rho * q.std(0, unbiased=False) if args.q_target == "lcb" else q.amin(0)
@@ -248,7 +247,8 @@ def critic_loss(critic: nn.Module, batch: Batch, target: Tensor) -> tuple[Tensor
     """Mean over critics and batch of (Q_h(s, a) - y)^2."""
     q = critic(batch.obs, batch.act)  # [H, B]
     loss = (q - target).square().mean()
-    return loss, {"critic_loss": loss, "q_mean": q.mean(), "q_std": q.std(0, unbiased=False).mean(), "td_target": target.mean()}
+    metrics = {"critic_loss": loss.detach(), "q_mean": q.detach().mean(), "td_target": target.mean()}
+    return loss, metrics | {"q_std": q.detach().std(0, unbiased=False).mean()}
 
 
 def q_gradient(critic: nn.Module, batch: Batch, x: Tensor) -> Tensor:
@@ -260,15 +260,14 @@ def q_gradient(critic: nn.Module, batch: Batch, x: Tensor) -> Tensor:
     return gradient / scale
 
 
-def actor_loss(
-    eps_net: nn.Module, batch: Batch, x: Tensor, gradient: Tensor, draws: Draws, eta: Tensor, schedule: Schedule
-) -> tuple[Tensor, dict[str, Tensor]]:
+def actor_loss(eps_net: nn.Module, batch: Batch, x: Tensor, gradient: Tensor, draws: Draws, eta: Tensor, schedule: Schedule):
     """eta |eps_net(x_t, s, t) - eps|^2 + sqrt(1 - alpha_bar_t) <eps_net(x_t, s, t), g>, means over B and A (Theorem 2)."""
     eps = eps_net(batch.obs, x, draws.t)
     bc_loss = (eps - draws.eps).square().mean()
     guidance_loss = (schedule.noise[draws.t][:, None] * gradient * eps).mean()
     loss = eta * bc_loss + guidance_loss
-    return loss, {"actor_loss": loss, "bc_loss": bc_loss, "guidance_loss": guidance_loss, "q_gradient": gradient.abs().mean()}
+    metrics = {"actor_loss": loss.detach(), "bc_loss": bc_loss.detach(), "guidance_loss": guidance_loss.detach()}
+    return loss, metrics | {"q_gradient": gradient.abs().mean()}
 
 
 # ------------------------------------------------------------------------------------------------------------- update
@@ -306,7 +305,6 @@ class DAC:
     def update(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """One iteration of Algorithm 1: critics, their targets, actor, eta, its target; returns `metrics`, 0-d tensors."""
         args = self.args
-
         target = self.td_target(self.actor_target, self.critic_target, batch, draws, self.schedule, args)
         loss, metrics = self.critic_loss(self.critic, batch, target)
         gradient_step(self.critic_adam, loss, args.max_grad_norm)
@@ -319,7 +317,7 @@ class DAC:
         gradient_step(self.actor_adam, loss, args.max_grad_norm)
         self.actor_decay.step()
 
-        violation = (actor_metrics["bc_loss"].detach() - args.bc_threshold).clamp(-1, 1)
+        violation = (actor_metrics["bc_loss"] - args.bc_threshold).clamp(-1, 1)
         if args.eta_lr > 0:
             self.eta = (self.eta + args.eta_lr * violation).clamp(args.eta_min, args.eta_max)
         if self.step % args.actor_target_every == 0 and self.step > args.actor_target_start:
@@ -334,7 +332,7 @@ class DAC:
         noise = torch.randn(self.args.diffusion_steps, len(rows), self.act_dim, device=self.device)
         candidates = sample_actions(self.actor, rows, noise, self.schedule)
         q = self.critic_target(rows, candidates).mean(0).view(len(obs), -1)
-        return candidates.view(*q.shape, -1)[torch.arange(len(obs)), q.argmax(1)].cpu().numpy()
+        return candidates.view(*q.shape, -1)[torch.arange(len(obs), device=self.device), q.argmax(1)].cpu().numpy()
 
     def state_dict(self) -> dict:
         return {name: getattr(self, name).state_dict() for name in self.parts} | {"eta": self.eta, "step": self.step}
@@ -412,10 +410,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
         state = load_checkpoint(typed.eval_only or Path(typed.resume[0] if typed.resume else runs[-1]))
         own = state["args"] | {"run_dir": typed.run_dir}
     args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **own), description=__doc__)
+    if (args.episodes or args.video) and not args.eval_only:
+        raise UserError("--episodes and --video go with --eval-only", status=2)
     for name, value in dataclasses.asdict(args).items():
         least = 1 if isinstance(value, int) and name not in ("seed", "actor_target_start") else 0
-        if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more", status=2)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < 2**31:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more, and less than 2^31", status=2)
         if state and name in own and name not in MAY_CHANGE and value != own[name]:
             raise UserError(f"--{name.replace('_', '-')} {value}: {state['path']} was made with {own[name]}", status=2)
     return args, state
@@ -458,15 +458,16 @@ def main(argv: list[str] | None = None) -> dict:
     arrays, info = load_dataset(args.env, args.data, need_env=args.eval)
     print(describe(info))
     print("arguments   " + " ".join(f"{name}={value}" for name, value in dataclasses.asdict(args).items()))
+    print("quick       a small protocol of our own, not comparable with published scores\n" if args.quick else "", end="")
     if state and state["info"]["sha256"] != info["sha256"]:
-        raise UserError(f"{state['path']} was trained on {state['info']['id']}, not on {info['file']}", status=2)
-    if args.quick:
-        print("quick       a small protocol of our own; its scores are not comparable with published ones")
+        raise UserError(
+            f"{state['path']} was trained on {state['info']['id']}, not on {info['id']}: name it with --data", status=2
+        )
     arrays["rew"] = transform_rewards(arrays["rew"], arrays["ends"], args.reward_transform)
     arrays["act"] = arrays["act"].clip(-1 + 1e-5, 1 - 1e-5)
     data = Batch(*(torch.as_tensor(arrays[name], device=device) for name in Batch._fields))
 
-    # agent
+    # agent and run folder
     torch.manual_seed(args.seed)  # initialisation and all noise come from torch, on every device
     agent = DAC(data.obs.shape[1], data.act.shape[1], args, device)
     if state:
@@ -479,8 +480,6 @@ def main(argv: list[str] | None = None) -> dict:
         rows, seconds = [], 0.0
         folder = args.run_dir / args.env / ALGORITHM / time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
         folder.mkdir(parents=True)
-
-    # run folder
     print(f"run folder  {folder}")
     stored = {name: value for name, value in dataclasses.asdict(args).items() if name not in PER_CALL}
     (folder / "args.json").write_text(json.dumps({"args": stored, "dataset": info}, indent=1))
@@ -496,16 +495,17 @@ def main(argv: list[str] | None = None) -> dict:
     # training
     batches = shuffled_batches(len(data.obs), args.batch_size, args.seed, agent.step, device)
     bar = tqdm(total=args.total_steps, initial=agent.step, unit=" updates", mininterval=0.5)
-    started = window = time.perf_counter()
+    started, window = time.perf_counter(), (agent.step, time.perf_counter())
     metrics = None if state else {}  # None: a resumed run has done what was due at its step
     while True:
         step, row, last = agent.step, {}, agent.step == args.total_steps or stop.is_set()
-        if metrics and step % args.log_every == 0:
+        if metrics and (step % args.log_every == 0 or step % args.checkpoint_every == 0 or last):
             values = torch.stack([metrics[name] for name in DAC.metrics]).tolist()  # the only wait for the device
-            row = {f"train/{name}": value for name, value in zip(DAC.metrics, values)}
-            if broken := [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]:
+            if broken := [f"{name} is {value}" for name, value in zip(DAC.metrics, values) if not math.isfinite(value)]:
                 raise UserError(f"{', '.join(broken)} at update {step}; the last good checkpoint is in {folder}")
-            row["time/updates_per_s"] = args.log_every / (time.perf_counter() - window)
+            if step % args.log_every == 0:
+                row = {f"train/{name}": value for name, value in zip(DAC.metrics, values)}
+                row["time/updates_per_s"] = (step - window[0]) / (time.perf_counter() - window[1])
         if metrics is not None and args.eval and (step % args.eval_every == 0 or step == args.total_steps):
             row |= score(args.eval_episodes)
             bar.set_postfix_str(f"return {row['eval/return']:.1f}, score {row.get('eval/normalized_score', math.nan):.1f}")
@@ -514,7 +514,7 @@ def main(argv: list[str] | None = None) -> dict:
             table.writerow(rows[-1])
             for name, value in row.items():
                 board.add_scalar(name, value, step)
-            window = time.perf_counter()
+            window = step, time.perf_counter()
         if metrics is not None and (step % args.checkpoint_every == 0 or last):
             content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "agent": agent.state_dict()}
             content |= {"obs_dim": data.obs.shape[1], "act_dim": data.act.shape[1], "rng": torch.get_rng_state()}
@@ -532,7 +532,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
 
     # result
-    scores = [row.get("eval/normalized_score", row["eval/return"]) for row in rows if "eval/return" in row]
+    scores = [row.get("eval/normalized_score", row["eval/return"]) for row in rows if row["step"] and "eval/return" in row]
     result = {"algorithm": ALGORITHM, "env": args.env, "seed": args.seed, "dataset": info["id"], "sha256": info["sha256"]}
     result |= {"updates": step, "seconds": seconds + time.perf_counter() - started, "versions": info["versions"]}
     if scores:
@@ -545,6 +545,6 @@ def main(argv: list[str] | None = None) -> dict:
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        sys.exit(getattr(error, "status", 1))

@@ -178,6 +178,13 @@ def test_minari_environment_must_be_a_registered_one(tmp_path, monkeypatch):
     path.write_text(path.read_text().replace("gymnasium.envs.mujoco.hopper_v5:HopperEnv", "os:system"))
     with pytest.raises(UserError, match="not registered"):
         load_dataset("local/hopper/evil-v0")
+    arrays, info = load_dataset("local/hopper/evil-v0", need_env=False)
+    assert info["env"] is None and len(arrays["obs"]) == 15
+
+
+def test_other_qualities_of_a_known_robot_are_scored(dataset):
+    _, info = load_dataset("hopper-expert", str(dataset))
+    assert info["env"] == "Hopper-v4" and info["ref_max"] == 3234.3
 
 
 def test_actions_of_another_box_are_scaled_to_one(tmp_path):
@@ -337,6 +344,8 @@ def test_download_from_the_second_mirror_and_then_from_the_cache(hub, monkeypatc
 def test_a_file_with_a_known_checksum_gets_its_official_name(hub, dataset):
     _, info = load_dataset("hopper-medium", str(dataset))
     assert info["id"] == "d4rl/hopper-medium-v2"
+    with pytest.raises(UserError, match="is D4RL's hopper-medium-v2, not hopper-medium-expert"):
+        load_dataset("hopper-medium-expert", str(dataset))
 
 
 @pytest.mark.parametrize("mode", ["cut", "missing", "other"])

@@ -22,7 +22,7 @@ def readme_commands() -> list[str]:
 
 
 def test_the_readme_has_its_two_commands_and_ci_runs_its_test_command():
-    assert "python dac.py --env hopper-medium --quick" in readme_commands()
+    assert "python dac.py --env hopper-medium-replay --quick" in readme_commands()
     assert "pip install -r requirements.txt" in readme_commands()
     ci = (ROOT / ".ci" / "run").read_text()
     assert "ruff check . && ruff format --check . && python -m pytest -q" in README
