@@ -4,7 +4,7 @@ A flow-GAN learns the density p(s, a) of the data: a normalising flow, so that l
 WGAN-GP critic on its samples. TD3 then maximises Q inside the region -log p(s, pi(s)) < epsilon, by a Lagrange multiplier.
 
     python cped.py --env hopper-medium                # the released lengths, on CUDA where there is one
-    python cped.py --env hopper-medium --quick        # small protocol for a laptop: five minutes on two cores
+    python cped.py --env hopper-medium --quick        # small protocol for a laptop
     python cped.py --env hopper-medium --resume       # go on with the newest run of this task and seed, exactly
     python cped.py --env hopper-medium --seed 1 --flow runs/hopper-medium/cped/seed0-20260101-120000  # with its flow
 

@@ -5,7 +5,7 @@ predictor is the data's minus sqrt(1 - alpha_bar_t) grad_a Q / eta: so the actor
 guidance term, and never by back-propagation through the sampling chain.
 
     python dac.py --env hopper-medium                # the published settings, on CUDA where there is one
-    python dac.py --env hopper-medium --quick        # small protocol for a laptop: five minutes on two cores
+    python dac.py --env hopper-medium-replay --quick # small protocol for a laptop: five minutes on two cores
     python dac.py --env hopper-medium --resume       # go on with the newest run of this task and seed, exactly
     python dac.py --eval-only runs/hopper-medium/dac/seed0-20260101-120000/checkpoint.pt --episodes 100
 

@@ -107,3 +107,19 @@ def test_the_scripts_have_the_same_sections():
 
 def test_dac_is_importable_without_side_effects():
     assert dac.ALGORITHM == "dac"
+
+
+def test_bundled_samples_are_those_of_their_readme():
+    text = (common.BUNDLED / "README.md").read_text()
+    files = sorted(common.BUNDLED.glob("*.hdf5"))
+    assert [path.stem for path in files] == ["hopper-medium", "hopper-medium-replay"]
+    assert sum(path.stat().st_size for path in files) <= 16_000_000
+    assert all(f"| `{path.name}` | `{common.sha256(path)}` |" in text for path in files)
+    for path, (low, high) in zip(files, ((994, 1988), (327, 654))):  # 0.7 to 1.4 times the mean return of D4RL's file
+        _, info = common.load_dataset(path.stem, "bundled")
+        assert info["transitions"] >= 100_000 and low <= info["mean_return"] <= high
+
+
+def test_no_placeholder_is_left_in_the_documents():
+    for path in [ROOT / "README.md", *ROOT.glob("benchmarks/**/*.md")]:
+        assert not re.search(r"^(RESULTS|TABLE|TODO)", path.read_text(), re.M), path

@@ -124,7 +124,7 @@ def test_training_without_an_environment(flags, tmp_path):
 
 def test_resume_is_exact_after_a_kill(flags, tmp_path, dataset):
     """SIGKILL at an arbitrary moment, then --resume: the same weights and rows as without the kill."""
-    flags = [*flags, "--total-steps", "600", "--eval-every", "250", "--eval-episodes", "1"]
+    flags = [*flags, "--total-steps", "1500", "--eval-every", "600", "--eval-episodes", "1"]
     dac.main([*flags, "--run-dir", str(tmp_path / "whole")])
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -138,7 +138,7 @@ def test_resume_is_exact_after_a_kill(flags, tmp_path, dataset):
     process.communicate()
     folder = run_folder(tmp_path)
     reached = torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]["step"]
-    assert reached < 600
+    assert reached < 1500
     dac.main([*flags, "--resume"])
     (whole,) = (tmp_path / "whole").glob("*/dac/*")
     assert_same_weights(folder / "checkpoint.pt", whole / "checkpoint.pt")
