@@ -30,12 +30,12 @@ REFERENCE_RETURNS |= {"walker2d": (1.629008, 4592.3), "antmaze": (0.0, 1.0)}
 # The -v4 models and rewards are those of D4RL's -v2 data; MuJoCo is pinned below 3.5, which changed Hopper's contacts.
 EVALUATION_ENVS = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
 ANTMAZE_FILES = {
-    "umaze": "u-maze_noisy_multistart_False_multigoal_False_sparse",
-    "umaze-diverse": "u-maze_noisy_multistart_True_multigoal_True_sparse",
-    "medium-play": "big-maze_noisy_multistart_True_multigoal_False_sparse",
-    "medium-diverse": "big-maze_noisy_multistart_True_multigoal_True_sparse",
-    "large-play": "hardest-maze_noisy_multistart_True_multigoal_False_sparse",
-    "large-diverse": "hardest-maze_noisy_multistart_True_multigoal_True_sparse",
+    "umaze": "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse",
+    "umaze-diverse": "Ant_maze_u-maze_noisy_multistart_True_multigoal_True_sparse",
+    "medium-play": "Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse",
+    "medium-diverse": "Ant_maze_big-maze_noisy_multistart_True_multigoal_True_sparse",
+    "large-play": "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse",
+    "large-diverse": "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse",
 }
 TASKS = [f"{robot}-{quality}" for robot in EVALUATION_ENVS for quality in ("medium", "medium-replay", "medium-expert")]
 TASKS += [f"antmaze-{maze}" for maze in ANTMAZE_FILES]
@@ -207,13 +207,12 @@ def answers(url: str) -> bool:
     return bool(responses)
 
 
-def d4rl_path(task: str) -> str:
-    """Path of a task's file below D4RL's root."""
+def d4rl_path(task: str) -> str:  # below D4RL's root
     robot, quality = strip_version(task).split("-", 1)
-    if robot != "antmaze":
+    if robot in EVALUATION_ENVS:
         return f"gym_mujoco_v2/{robot}_{quality.replace('-', '_')}-v2.hdf5"
-    file = f"Ant_maze_{ANTMAZE_FILES[quality]}"
-    return f"ant_maze_v2/{file}_fixed.hdf5" if task.endswith("-v2") else f"ant_maze_new/{file}.hdf5"
+    folder, end = ("ant_maze_v2", "_fixed") if task.endswith("-v2") else ("ant_maze_new", "")
+    return f"{folder}/{ANTMAZE_FILES[quality]}{end}.hdf5"
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
@@ -291,7 +290,7 @@ def check(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
     margin = 1e-5  # rounding of an action that was stored in another precision
     if (outside := (raw["actions"] < low - margin) | (raw["actions"] > high + margin)).any():
         raise UserError(f"{path}: the action in row {np.argwhere(outside)[0][0]} is outside the box of the environment")
-    if rows[0] < 2 or not (raw["terminals"].astype(bool) | raw["timeouts"].astype(bool)).any():
+    if rows[0] < 2 or raw["timeouts"].all() or not (raw["terminals"].astype(bool) | raw["timeouts"].astype(bool)).any():
         raise UserError(f"{path}: not one whole episode, for there is neither a terminal nor a timeout in {rows[0]} rows")
 
 
@@ -310,7 +309,8 @@ def to_transitions(raw: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], d
         keep[-1] = False
     arrays = {"obs": obs, "act": raw["actions"], "rew": raw["rewards"], "next_obs": next_obs, "not_done": ~terminal}
     arrays = {key: np.ascontiguousarray(array[keep], dtype=np.float32) for key, array in arrays.items()}
-    ends = (terminal | timeout | np.r_[~keep[1:], True])[keep]  # a trajectory also ends where its next row is dropped
+    jumps = np.linalg.norm(arrays["obs"][1:] - arrays["next_obs"][:-1], axis=1) > 1e-6  # the authors' rule: DAC, QDQ
+    ends = (terminal | timeout)[keep] | np.r_[jumps, True]
     stops = np.flatnonzero(terminal | timeout) + 1  # whole episodes only: an unfinished tail has no return
     returns = np.add.reduceat(raw["rewards"].astype(np.float64)[: stops[-1]], np.r_[0, stops[:-1]])
     counts = {"rows": len(obs), "dropped": int((~keep).sum()), "transitions": int(keep.sum()), "episodes": len(stops)}
