@@ -9,6 +9,7 @@ Writes <out>/<task>-<algorithm>-seed<k>.csv (the run's metrics.csv), <out>/resul
 import csv
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +33,8 @@ def main(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     table, curves = [], []
     for run in args.runs:
+        if not (run / "result.json").exists():
+            sys.exit(f"error: {run} holds no result.json: it is no run folder, or its run is not finished")
         result, facts = (json.loads((run / name).read_text()) for name in ("result.json", "args.json"))
         name = f"{result['env']}-{result['algorithm']}-seed{result['seed']}"
         shutil.copy(run / "metrics.csv", args.out / f"{name}.csv")
