@@ -49,15 +49,15 @@ try:
 except ImportError:
     sys.exit("collect.py: error: stable-baselines3 is missing: pip install -r benchmarks/requirements.txt")
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import EVALUATION_ENVS, REFERENCE_RETURNS
+
 Rows = dict[str, np.ndarray]  # one row per step: the keys of DTYPES and next_observations
 DTYPES = {"observations": "f4", "actions": "f4", "rewards": "f4", "terminals": "?", "timeouts": "?"}
 
+MEDIUM_RETURNS = {"hopper": 1420.0, "halfcheetah": 4770.0, "walker2d": 2850.0}  # mean returns of D4RL's medium-v2 files
 # evaluation environment, D4RL's reference scores (random, expert), and the mean return of D4RL's medium-v2 file
-ENVS = {
-    "hopper": ("Hopper-v4", -20.272305, 3234.3, 1420.0),
-    "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0, 4770.0),
-    "walker2d": ("Walker2d-v4", 1.629008, 4592.3, 2850.0),
-}
+ENVS = {robot: (EVALUATION_ENVS[robot], *REFERENCE_RETURNS[robot], MEDIUM_RETURNS[robot]) for robot in MEDIUM_RETURNS}
 
 
 @dataclass

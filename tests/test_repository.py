@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import common
-import dac
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [name for name in ("dac.py", "qdq.py", "cped.py") if (ROOT / name).exists()]
@@ -105,8 +104,10 @@ def test_the_scripts_have_the_same_sections():
         assert re.findall(banner, (ROOT / script).read_text(), re.M) == sections
 
 
-def test_dac_is_importable_without_side_effects():
-    assert dac.ALGORITHM == "dac"
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_script_signs_its_checkpoints_with_its_own_name(script):
+    module = __import__(script.removesuffix(".py"))
+    assert f"{module.ALGORITHM}.py" == script
 
 
 def test_bundled_samples_are_those_of_their_readme():
