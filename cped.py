@@ -149,7 +149,9 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer, shift in ((self.layer1, self.shift1), (self.layer2, self.shift2)):
             h = layer(x)
-            x = nn.functional.leaky_relu((h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-6) + shift, 0.01)
+            h = h - h.mean(1, keepdim=True)
+            std = h.norm(dim=1, keepdim=True) / (len(shift) - 1) ** 0.5
+            x = nn.functional.leaky_relu(h / (std + 1e-6) + shift, 0.01)
         return self.out(x)
 
 
@@ -171,7 +173,7 @@ class Flow(nn.Module):
         self.nets, self.log_scale = nn.ModuleList(), (nn.Buffer if self.affine else nn.Parameter)(torch.zeros(dim))  # c
         for i in range(args.num_couplings):
             kept, changed = ((1 + self.affine) * self.halves[j] for j in (i % 2, 1 - i % 2))
-            activation = nn.ReLU() if self.affine else nn.LeakyReLU(0.01)  # behind the output too
+            activation = nn.ReLU(True) if self.affine else nn.LeakyReLU(0.01, True)  # in place, behind the output too
             self.nets.append(mlp(kept, width, changed, activation, activation))
             for layer in self.nets[i][::2]:
                 nn.init.zeros_(layer.bias)
@@ -182,8 +184,8 @@ class Flow(nn.Module):
     def coupling(self, i: int, u: Tensor) -> tuple[Tensor, Tensor]:  # l, t
         return self.nets[i](u.repeat(1, 2)).chunk(2, 1) if self.affine else (u.new_zeros(1, 1), self.nets[i](u))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # z and log|det dz/dx| [B], in NICE [1] for all rows
-        parts, log_det = list(x.split(self.halves, 1)), self.log_scale.sum()
+    def forward(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # z and log|det dz/dx| [B], in NICE [1] for all rows
+        parts, log_det = [u, v], self.log_scale.sum()
         for i in range(len(self.nets)):
             log_scale, shift = self.coupling(i, parts[i % 2])
             parts[1 - i % 2] = parts[1 - i % 2] * log_scale.exp() + shift
@@ -199,7 +201,10 @@ class Flow(nn.Module):
 
     def log_density(self, obs: Tensor, act: Tensor) -> Tensor:
         """log p(s, a) [B] in nats: log|det dz/dx| and the standard logistic prior, log f(z) = z - 2 softplus(z)."""
-        z, log_det = self(torch.cat([obs, act], 1))
+        u, v = torch.cat([obs, act], 1).split(self.halves, 1)
+        if u.shape[1] <= obs.shape[1]:  # no action in it: no gradient has to pass the first coupling
+            u = obs[:, : u.shape[1]]
+        z, log_det = self(u, v)
         return (z - 2 * nn.functional.softplus(z)).sum(1) + log_det
 
 
@@ -227,7 +232,8 @@ def disc_loss(disc: nn.Module, batch: Batch, fake: Tensor, mix: Tensor, args: Ar
     mixed = torch.lerp(fake, real, mix[:, None]).requires_grad_()
     (slope,) = torch.autograd.grad(disc(mixed).sum(), mixed, create_graph=True)  # [B, D]
     penalty = (slope.norm(dim=1) - 1).square().mean()
-    loss = disc(fake).mean() - disc(real).mean() + args.penalty_weight * penalty
+    fake_scores, real_scores = disc(torch.cat([fake, real])).chunk(2)  # one pass for both: [B, D] each
+    loss = fake_scores.mean() - real_scores.mean() + args.penalty_weight * penalty
     return loss, {"disc_loss": loss, "penalty": penalty}
 
 
