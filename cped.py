@@ -202,8 +202,7 @@ class Flow(nn.Module):
     def log_density(self, obs: Tensor, act: Tensor) -> Tensor:
         """log p(s, a) [B] in nats: log|det dz/dx| and the standard logistic prior, log f(z) = z - 2 softplus(z)."""
         u, v = torch.cat([obs, act], 1).split(self.halves, 1)
-        if u.shape[1] <= obs.shape[1]:  # no action in it: no gradient has to pass the first coupling
-            u = obs[:, : u.shape[1]]
+        u = obs[:, : u.shape[1]] if u.shape[1] <= obs.shape[1] else u  # no action in it: spares a gradient of coupling 0
         z, log_det = self(u, v)
         return (z - 2 * nn.functional.softplus(z)).sum(1) + log_det
 
