@@ -20,7 +20,8 @@ Where paper and released code differ:
     the actor only clones, and critics start late. Flow and actor move in the last of 5 and 2 updates (there in the first).
  7. A value that is not finite ends the run (the code skips the update, or a loss above 1e7); --seed counts (there it does not);
     transitions never cross a timeout (it counts to 1000); evaluation is one action (there the best of 100 equal ones).
- 8. Ours: RealNVP starts near the identity (else it overflows on raw data); 5 % of the rows are held out of the flow's training.
+ 8. Ours: RealNVP starts near the identity (else it overflows on raw data); 5 % of the rows are held out of the flow's training;
+    short flow stages may let its step size fall (--flow-lr-end).
 """
 
 import csv
@@ -84,6 +85,7 @@ class Args:
     actor_lr: float = 1e-4  # Adam step size of the actor
     critic_lr: float = 3e-4  # Adam step size of the critics
     flow_lr: float = 1e-4  # Adam step size of the flow
+    flow_lr_end: float | None = None  # its value at the end of the flow stage, by a cosine from flow_lr; ours, for short stages
     disc_lr: float = 1e-4  # Adam step size of the discriminator
     tau: float = 0.005  # rate of the target networks
     policy_every: int = 2  # updates between steps of the actor and of all targets
@@ -122,8 +124,8 @@ PRESETS = {task: LARGE if "large" in task else ANTMAZE if "antmaze" in task else
 QUICK = {"flow_steps": 5_000, "total_steps": 12_000, "flow_hidden_dim": 256, "flow_lr": 1e-3, "disc_updates": 1, "log_every": 500}
 QUICK |= {"critic_start": 1_000, "actor_q_start": 2_500, "eval_every": 3_000, "checkpoint_every": 2_500}
 QUICK |= {"lagrange_table": (100, 10), "lagrange_from": (0, 5_000)}
-FLOW_ARGS = ("flow_type", "flow_steps", "num_couplings", "flow_hidden_dim", "flow_lr", "disc_lr", "disc_updates", "mle_weight")
-FLOW_ARGS += ("penalty_weight", "penalty_mix", "batch_size", "dataset")  # in which a reused flow must agree
+FLOW_ARGS = ("flow_type", "flow_steps", "num_couplings", "flow_hidden_dim", "flow_lr", "flow_lr_end", "disc_lr", "disc_updates")
+FLOW_ARGS += ("mle_weight", "penalty_weight", "penalty_mix", "batch_size", "dataset")  # in which a reused flow must agree
 
 # ----------------------------------------------------------------------------------------------------------- networks
 # Shapes: B batch, S observation dim, A action dim, D = S + A, H = 2 critics, N rows of the dataset, E environments.
@@ -309,6 +311,9 @@ class CPED:
             loss, disc = disc_loss(self.disc, batch, fake.detach(), draws.mix, args)  # eager: differentiated twice
             gradient_step(self.disc_adam, loss, math.inf)  # inf: not clipped
             if flow_due:
+                if args.flow_lr_end is not None:
+                    share_left = (1 + math.cos(math.pi * min(self.step / args.flow_steps, 1))) / 2
+                    self.flow_adam.param_groups[0]["lr"] = args.flow_lr_end + share_left * (args.flow_lr - args.flow_lr_end)
                 loss, flow = self.flow_loss(self.flow, self.disc, batch, fake, args)
                 gradient_step(self.flow_adam, loss, math.inf)
                 self.flow_adam.zero_grad()

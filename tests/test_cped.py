@@ -361,6 +361,17 @@ def test_flow_gan_updates_without_the_divisor(flow_type, mix, dtype):
     near(sums(agent.flow) + sums(agent.disc), last, rel=0, abs=absolute)
 
 
+def test_step_size_of_the_flow_follows_its_cosine():
+    batch = reference_batch()
+    settings = {"flow_steps": 8, "flow_lr": 1e-2, "disc_updates": 2, "flow_hidden_dim": 4}
+    for end, expected in ((None, [1e-2] * 4), (1e-4, [5e-5 * (101 + 99 * math.cos(math.pi * n / 8)) for n in (1, 3, 5, 7)])):
+        agent, found = CPED(OBS, DIM - OBS, Args(**settings, flow_lr_end=end)), []
+        for _ in range(8):
+            agent.update(batch, agent.draw(len(batch.obs)))
+            found.append(agent.flow_adam.param_groups[0]["lr"])
+        assert found[1::2] == pytest.approx(expected)
+
+
 def test_gradient_penalty_in_closed_form():
     disc, batch, fake = nn.Linear(DIM, DIM), reference_batch(), torch.randn(ROWS, DIM)
     args = Args(penalty_weight=0.7)
