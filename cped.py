@@ -9,8 +9,8 @@ WGAN-GP critic on its samples. TD3 then maximises Q inside the region -log p(s, 
     python cped.py --env hopper-medium --seed 1 --flow runs/hopper-medium/cped/seed0-20260101-120000  # with its flow
 
 Where paper and released code differ:
- 1. Paper: hinge at epsilon, multiplier by dual ascent (--constraint dual). The hinge alone could only raise it, so our dual step
-    takes the signed mean of -log p - epsilon. Code: no hinge, epsilon a mere constant, multipliers from a table (schedule).
+ 1. Paper: hinge at epsilon, multiplier by dual ascent (--constraint dual). The hinge alone could only raise it; ours rests where
+    the mean violation is that of the data. Code: no hinge, epsilon a mere constant, multipliers from a table (schedule).
  2. The table counts from the policy stage and is positive (the code's formula is 0 in one step, and negative if F < 500,000).
  3. Paper: flow trained 20,000 steps, then jointly with the policy (--flow-training joint). Code: 500,000, then frozen.
  4. NICE is inverted with un-scaling first (in the code last, which is no inverse), and re-seeds no generator. No unused passes.
@@ -108,6 +108,7 @@ class Args:
     actor_q_start: int = 50_000  # update of the policy stage from which the actor sees Q; before, it only clones
     constraint: Literal["dual", "schedule"] = "dual"  # dual: the paper's; schedule: the released table
     epsilon_quantile: float | None = None  # epsilon is this quantile of the batch's own -log p(s, a) instead of its mean
+    tolerance: float = 1.0  # mean violation at which the dual ascent rests, by that of the data's own actions; ours
     lagrange: float = 10.0  # initial multiplier alpha, with dual; ours
     lagrange_lr: float = 0.01  # step size of the dual ascent per nat, of which one counts at most; ours
     lagrange_min: float = 0.1  # lower bound of the multiplier; ours
@@ -121,9 +122,9 @@ ANTMAZE = {"actor_lr": 3e-4, "reward_transform": "minus_one", "lagrange_table": 
 LARGE = ANTMAZE | {"flow_steps": 400_000, "total_steps": 600_000, "lagrange_from": (0, 100_001, 400_001)}
 ANTMAZE |= {"flow_steps": 300_000, "total_steps": 700_000, "lagrange_from": (0, 200_001, 500_001)}
 PRESETS = {task: LARGE if "large" in task else ANTMAZE if "antmaze" in task else {} for task in TASKS}
-QUICK = {"flow_steps": 5_000, "total_steps": 12_000, "flow_hidden_dim": 256, "flow_lr": 1e-3, "disc_updates": 1, "log_every": 500}
-QUICK |= {"critic_start": 1_000, "actor_q_start": 2_500, "eval_every": 3_000, "checkpoint_every": 2_500}
-QUICK |= {"lagrange_table": (100, 10), "lagrange_from": (0, 5_000)}
+QUICK = {"flow_steps": 8_000, "flow_hidden_dim": 256, "flow_lr": 2e-3, "flow_lr_end": 3e-5, "disc_updates": 2, "log_every": 500}
+QUICK |= {"total_steps": 16_000, "critic_start": 2_000, "actor_q_start": 4_000, "eval_every": 2_000, "checkpoint_every": 4_000}
+QUICK |= {"actor_lr": 1e-3, "critic_lr": 1e-3, "constraint": "schedule", "lagrange_table": (10,), "lagrange_from": (0,)}
 FLOW_ARGS = ("flow_type", "flow_steps", "num_couplings", "flow_hidden_dim", "flow_lr", "flow_lr_end", "disc_lr", "disc_updates")
 FLOW_ARGS += ("mle_weight", "penalty_weight", "penalty_mix", "batch_size", "dataset")  # in which a reused flow must agree
 
@@ -333,8 +334,9 @@ class CPED:
             loss, actor = self.actor_loss(self.actor, self.critic, self.flow, batch, self.lagrange, epsilon, use_q, hinge)
             gradient_step(self.actor_adam, loss, math.inf)
             self.critic.requires_grad_(True)
-            if hinge:  # alpha rises while actions are on average less likely than epsilon, else it falls
-                self.lagrange += args.lagrange_lr * actor["excess"].detach().clamp(-1, 1)
+            if hinge:  # alpha rises while the policy leaves the region by more than the data do, else it falls
+                rest = args.tolerance * (nll - epsilon).relu().mean()
+                self.lagrange += args.lagrange_lr * (actor["violation"].detach() - rest).clamp(-1, 1)
                 self.lagrange.clamp_(args.lagrange_min, args.lagrange_max)
             soft_update(self.actor_target, self.actor, args.tau)
             soft_update(self.critic_target, self.critic, args.tau)
