@@ -20,8 +20,7 @@ Where paper and released code differ:
     the actor only clones, and critics start late. Flow and actor move in the last of 5 and 2 updates (there in the first).
  7. A value that is not finite ends the run (the code skips the update, or a loss above 1e7); --seed counts (there it does not);
     transitions never cross a timeout (it counts to 1000); evaluation is one action (there the best of 100 equal ones).
- 8. Ours: RealNVP starts near the identity (else it overflows on raw data); 5 % of the rows are held out of the flow's training;
-    short flow stages may let its step size fall (--flow-lr-end).
+ 8. Ours: RealNVP starts near the identity (else it overflows on raw data); 5 % of the rows are held out; --flow-lr-end.
 """
 
 import csv
@@ -335,8 +334,8 @@ class CPED:
             gradient_step(self.actor_adam, loss, math.inf)
             self.critic.requires_grad_(True)
             if hinge:  # alpha rises while the policy leaves the region by more than the data do, else it falls
-                rest = args.tolerance * (nll - epsilon).relu().mean()
-                self.lagrange += args.lagrange_lr * (actor["violation"].detach() - rest).clamp(-1, 1)
+                ascent = actor["violation"].detach() - args.tolerance * (nll - epsilon).relu().mean()
+                self.lagrange += args.lagrange_lr * ascent.clamp(-1, 1)
                 self.lagrange.clamp_(args.lagrange_min, args.lagrange_max)
             soft_update(self.actor_target, self.actor, args.tau)
             soft_update(self.critic_target, self.critic, args.tau)
