@@ -335,8 +335,7 @@ class CPED:
             self.critic.requires_grad_(True)
             if hinge:  # alpha rises while the policy leaves the region by more than the data do, else it falls
                 ascent = actor["violation"].detach() - args.tolerance * (nll - epsilon).relu().mean()
-                self.lagrange += args.lagrange_lr * ascent.clamp(-1, 1)
-                self.lagrange.clamp_(args.lagrange_min, args.lagrange_max)
+                self.lagrange.add_(args.lagrange_lr * ascent.clamp(-1, 1)).clamp_(args.lagrange_min, args.lagrange_max)
             soft_update(self.actor_target, self.actor, args.tau)
             soft_update(self.critic_target, self.critic, args.tau)
         self.step += 1
