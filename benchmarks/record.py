@@ -3,7 +3,7 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/record.py --out benchmarks/results/dac-100k runs/hopper-medium-replay/dac/seed0-20260101-120000
 
-Writes <out>/<task>-<algorithm>-seed<k>.csv (the run's metrics.csv), <out>/results.csv and <out>/curves.svg.
+Writes <out>/<task>-<label>.csv (the run's metrics.csv), <out>/results.csv and <out>/curves.svg.
 """
 
 import csv
@@ -26,21 +26,26 @@ import matplotlib.pyplot as plt  # noqa: E402
 class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders that hold a result.json
     out: Path = Path("benchmarks/results/new")  # folder to write
+    labels: tuple[str, ...] = ()  # one per run, where algorithm and seed do not tell them apart: dac-seed0 without
     panels: tuple[str, ...] = ("eval/normalized_score", "train/q_mean", "train/eta", "train/bc_loss")  # what is drawn
 
 
 def main(args: Args) -> None:
+    if args.labels and len(args.labels) != len(args.runs):
+        sys.exit(f"error: {len(args.labels)} labels for {len(args.runs)} runs")
     args.out.mkdir(parents=True, exist_ok=True)
     table, curves = [], []
-    for run in args.runs:
+    for i, run in enumerate(args.runs):
         if not (run / "result.json").exists():
             sys.exit(f"error: {run} holds no result.json: it is no run folder, or its run is not finished")
         result, facts = (json.loads((run / name).read_text()) for name in ("result.json", "args.json"))
-        name = f"{result['env']}-{result['algorithm']}-seed{result['seed']}"
+        label = args.labels[i] if args.labels else f"{result['algorithm']}-seed{result['seed']}"
+        name = f"{result['env']}-{label}"
         shutil.copy(run / "metrics.csv", args.out / f"{name}.csv")
         kept = ("env", "algorithm", "seed", "dataset", "sha256", "updates", "final_score", "last_score", "best_score")
         behaviour, hours = facts["dataset"]["mean_score"], result["seconds"] / 3600
-        table.append({k: result[k] for k in kept} | {"behaviour_score": behaviour, "wall_hours": round(hours, 2)})
+        row = {k: result[k] for k in kept} | {"behaviour_score": behaviour, "wall_hours": round(hours, 2)}
+        table.append(row | ({"label": label} if args.labels else {}))
         with (run / "metrics.csv").open() as file:
             curves.append((result["env"], name, behaviour, list(csv.DictReader(file))))
     with (args.out / "results.csv").open("w", newline="") as file:

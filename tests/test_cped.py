@@ -627,7 +627,7 @@ def test_presets():
         args = Args(**own)
         assert len(args.lagrange_table) == len(args.lagrange_from) and min(args.lagrange_table) > 0
         assert args.critic_start < args.actor_q_start < args.total_steps
-    assert Args().flow_steps == 500_000 and Args().total_steps == 1_000_000 and Args().constraint == "dual"
+    assert Args().flow_steps == 500_000 and Args().total_steps == 1_000_000 and Args().constraint == "schedule"
 
 
 def released_formula(flow_steps: int) -> tuple[list[str], list[str]]:
@@ -707,7 +707,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 CASES = {
-    "dual": (),
+    "dual": ("--constraint", "dual"),
     "schedule": ("--constraint", "schedule", "--flow-type", "realnvp"),
     "joint": ("--flow-training", "joint", "--epsilon-quantile", "0.5", "--penalty-mix", "uniform"),
 }
@@ -744,7 +744,8 @@ def test_stages(tmp_path, monkeypatch):
         return update(agent, batch, draws)
 
     monkeypatch.setattr(CPED, "update", recorded)
-    folder = run(tmp_path, "runs", "--flow-steps", "100", "--total-steps", "60", "--log-every", "10", "--batch-size", "64")
+    flags = ["--flow-steps", "100", "--total-steps", "60", "--log-every", "10", "--batch-size", "64", "--constraint", "dual"]
+    folder = run(tmp_path, "runs", *flags)
     agent = torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]
     flow = torch.load(folder / "flow.pt", weights_only=True)["agent"]
     steps = {name: int(agent[f"{name}_adam"]["state"][0]["step"]) for name in ("flow", "disc", "critic", "actor")}
