@@ -20,7 +20,7 @@ Where paper and released code differ:
  6. As the code: target actions leave the box (--clip-target-action); Q is not normalised, its minimum guides the actor; first
     the actor only clones, and critics start late. Flow and actor move in the last of 5 and 2 updates (there in the first).
  7. A value that is not finite ends the run (there the update is skipped); --seed counts; no transition crosses a timeout.
- 8. Ours: RealNVP starts near the identity (else it overflows on raw data); 5 % of rows are held out; --flow-lr-end; one evaluated action.
+ 8. Ours: RealNVP starts near the identity (else it overflows on raw data); 5 % held out; --flow-lr-end; one evaluated action.
 """
 
 import csv
