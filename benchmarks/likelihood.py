@@ -50,7 +50,10 @@ def main(args: Args) -> None:
         models = {"gaussian": lambda o, a: gaussian.log_prob(torch.cat([o, a], 1).double())}  # noqa: B023
         for model, log_density in (models | {own["flow_type"]: agent.flow.log_density}).items():
             held_out, at_random = log_density(obs[split:], act[split:]), log_density(obs[split:], random)
-            row = {"dataset": info["id"], "model": model, "updates": state["agent"]["step"] if model != "gaussian" else None}
+            row = {"dataset": info["id"], "model": model, "updates": None, "flow_steps": None, "width": None}
+            if model != "gaussian":  # a step of the flow falls on each disc_updates-th update
+                steps = state["agent"]["step"] // own["disc_updates"]
+                row |= {"updates": state["agent"]["step"], "flow_steps": steps, "width": own["flow_hidden_dim"]}
             row |= {"train": float(log_density(obs[:split:19], act[:split:19]).mean()), "held_out": float(held_out.mean())}
             row |= {"held_out_per_dim": row["held_out"] / x.shape[1], "random_actions": float(at_random.mean())}
             table.append(row | {"share": float((held_out > at_random).double().mean())})
