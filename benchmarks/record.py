@@ -66,7 +66,7 @@ def main(args: Args) -> None:
                 if panel == "eval/normalized_score":
                     axis.axhline(behaviour, color="grey", linestyle=":", linewidth=1)
             axis.set(title=panel, xlabel="updates", ylabel=task if axis is line[0] else None)
-            if panel == "train/eta":
+            if panel in ("train/eta", "train/lagrange"):
                 axis.set_yscale("log")
         line[0].legend(fontsize=7)
     figure.suptitle("grey: mean score of the data", fontsize=8)
