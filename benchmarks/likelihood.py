@@ -7,7 +7,6 @@ over the 5 % of the rows that the flow did not learn from; `share` is how often 
 """
 
 import csv
-import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ def main(args: Args) -> None:
         split = len(order) * 19 // 20
         random = torch.rand(act[split:].shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
-        own = {name: value for name, value in state["args"].items() if name in {f.name for f in dataclasses.fields(cped.Args)}}
+        own = state["args"]
         agent = cped.CPED(obs.shape[1], act.shape[1], cped.Args(**own))
         agent.flow.load_state_dict(state["agent"]["flow"])
         x = torch.cat([obs, act], 1).double()
