@@ -2,12 +2,14 @@
 
     python benchmarks/cloning.py dac --env hopper-medium --total-steps 100000   # DAC's noise regression, one sample per action
     python benchmarks/cloning.py cped --env hopper-medium --total-steps 40000   # mean squared error of CPED's actor
+    python benchmarks/cloning.py qdq --env hopper-medium --total-steps 30000    # likelihood of QDQ's Gaussian actor
 
 So a row beside the script's own differs in the algorithm and in nothing else.
 """
 
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cped
 import dac
+import qdq
 
 
 class DiffusionCloning(dac.DAC):
@@ -47,15 +50,34 @@ class DeterministicCloning(cped.CPED):
         return {"bc_loss": loss}
 
 
+class GaussianCloning(qdq.QDQ):
+    """QDQ's actor by maximum likelihood, with its cosine, without Q distribution and critics."""
+
+    metrics = ("log_prob",)
+
+    def update(self, stage: str, batch: Iterable[torch.Tensor], draws: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+        self.steps[stage] += 1
+        if stage != "policy":
+            return {}
+        batch = qdq.Batch(*batch)
+        log_prob = torch.distributions.Normal(*self.actor(batch.obs)).log_prob(batch.act).sum(1).mean()
+        self.descend(self.actor_adam, -log_prob, self.args.actor_lr, self.steps[stage] / self.args.total_steps)
+        return {"log_prob": log_prob}
+
+
+SCRIPTS = {  # module, name and class of its agent, flags: one sample per action; the shortest earlier stages there are
+    "dac": (dac, "DAC", DiffusionCloning, ["--num-eval-actions", "1"]),
+    "cped": (cped, "CPED", DeterministicCloning, ["--flow-steps", "1", "--constraint", "schedule"]),
+    "qdq": (qdq, "QDQ", GaussianCloning, ["--teacher-steps", "1", "--student-steps", "1"]),
+}
+
 if __name__ == "__main__":
-    if sys.argv[1:2] not in (["dac"], ["cped"]):
-        sys.exit("error: name the script whose actor is cloned first: python benchmarks/cloning.py dac or cped, then its flags")
-    if sys.argv[1] == "dac":
-        script, dac.DAC, own = dac, DiffusionCloning, ["--num-eval-actions", "1"]
-    else:  # the shortest flow stage there is, and no table of its densities
-        script, cped.CPED, own = cped, DeterministicCloning, ["--flow-steps", "1", "--constraint", "schedule"]
+    if sys.argv[1:2] not in ([name] for name in SCRIPTS):
+        sys.exit("error: name the script whose actor is cloned, then its flags: python benchmarks/cloning.py dac, cped or qdq")
+    script, name, agent, flags = SCRIPTS[sys.argv[1]]
+    setattr(script, name, agent)
     script.ALGORITHM = f"cloning-{sys.argv[1]}"
     try:
-        script.main([*sys.argv[2:], *own])
+        script.main([*sys.argv[2:], *flags])
     except script.UserError as error:
         sys.exit(f"error: {error}")

@@ -8,32 +8,44 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_raw, write_hdf5
 
 import cped
 import dac
+import qdq
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 def run_script(monkeypatch, name: str, *argv: str) -> None:
-    for module, classes in ((dac, ("DAC", "ALGORITHM")), (cped, ("CPED", "ALGORITHM"))):
-        for attribute in classes:  # cloning.py puts its own in their place
+    for module, agent in ((dac, "DAC"), (cped, "CPED"), (qdq, "QDQ")):
+        for attribute in (agent, "ALGORITHM"):  # cloning.py puts its own in their place
             monkeypatch.setattr(module, attribute, getattr(module, attribute))
     monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
     runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
 
 
-@pytest.mark.parametrize(("script", "small"), [("dac", ["--hidden-dim", "32"]), ("cped", ["--flow-hidden-dim", "8"])])
-def test_cloning_lowers_its_loss_and_is_recorded(script, small, dataset, tmp_path, monkeypatch):
+CLONING = [
+    ("dac", "--hidden-dim", "bc_loss", -1),
+    ("cped", "--flow-hidden-dim", "bc_loss", -1),
+    ("qdq", "--hidden-dim", "log_prob", 1),
+]
+
+
+@pytest.mark.parametrize(("script", "width", "metric", "sign"), CLONING)
+def test_cloning_improves_and_is_recorded(script, width, metric, sign, dataset, tmp_path, monkeypatch):
     flags = ["--env", "hopper-medium", "--data", dataset, "--run-dir", tmp_path, "--total-steps", "400", "--log-every", "100"]
     flags += ["--eval-every", "400", "--eval-episodes", "1"]
-    run_script(monkeypatch, "cloning.py", script, *flags, *small)
+    run_script(monkeypatch, "cloning.py", script, *flags, width, "32")
     (folder,) = tmp_path.glob(f"hopper-medium/cloning-{script}/seed0-*")
-    losses = [float(row["train/bc_loss"]) for row in csv.DictReader((folder / "metrics.csv").open()) if row["train/bc_loss"]]
-    assert len(losses) == 4 and losses[-1] < losses[0]
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    values = [float(row[f"train/{metric}"]) for row in rows if row[f"train/{metric}"]]
+    assert len(values) == 4 and sign * (values[-1] - values[0]) > 0
 
     pytest.importorskip("matplotlib")
-    run_script(monkeypatch, "record.py", folder, "--out", tmp_path / "kept", "--panels", "eval/normalized_score", "train/bc_loss")
+    run_script(
+        monkeypatch, "record.py", folder, "--out", tmp_path / "kept", "--panels", "eval/normalized_score", f"train/{metric}"
+    )
     (row,) = csv.DictReader((tmp_path / "kept" / "results.csv").open())
     assert float(row["final_score"]) == json.loads((folder / "result.json").read_text())["final_score"]
     assert (tmp_path / "kept" / "curves.svg").exists() and len(list((tmp_path / "kept").glob("hopper-medium-*.csv"))) == 1
@@ -62,3 +74,16 @@ def test_pictures_of_densities(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     run_script(monkeypatch, "density.py", "--out", tmp_path / "toys.png", "--updates", "3", "--toys", "rings")
     assert (tmp_path / "toys.png").stat().st_size > 10_000
+
+
+def test_uncertainty_of_a_trained_student(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    dataset = write_hdf5(tmp_path / "long.hdf5", make_raw(2000, episode=500))  # has windows between windows
+    flags = ["--env", "hopper-medium", "--data", str(dataset), "--run-dir", str(tmp_path), "--no-eval", "--total-steps", "1"]
+    qdq.main([*flags, "--teacher-steps", "20", "--student-steps", "20", "--hidden-dim", "32"])
+    (folder,) = tmp_path.glob("hopper-medium/qdq/*")
+    run_script(monkeypatch, "uncertainty.py", folder, "--out", tmp_path / "kept", "--rows", "50", "--samples", "8")
+    (table,) = (json.loads(path.read_text()) for path in (tmp_path / "kept").glob("uncertainty-*.json"))
+    assert set(table["H"]) == {"data", "data + 0.1", "data + 0.3", "data + 1.0", "uniform"}
+    assert all(row["mean"] > 0 for row in table["H"].values())
+    assert len(list((tmp_path / "kept").glob("uncertainty-*.png"))) == 1
