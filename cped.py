@@ -9,9 +9,8 @@ WGAN-GP critic on its samples. TD3 then maximises Q inside the region -log p(s, 
     python cped.py --env hopper-medium --seed 1 --flow runs/hopper-medium/cped/seed0-20260101-120000  # with its flow
 
 Where paper and released code differ:
- 1. Paper: hinge at epsilon, multiplier by dual ascent (--constraint dual). The hinge alone could only raise it; ours rests where
-    the mean violation is that of the data. Code: no hinge, epsilon a mere constant, multipliers from a table (schedule),
-    our default because it scored better on the same flow and seed (benchmarks/results/cped-40k).
+ 1. Paper: hinge at epsilon, multiplier by dual ascent (--constraint dual), which could only rise: ours rests where the mean
+    violation is that of the data. Code: no hinge, multipliers from a table (schedule), our default, as it scored better.
  2. The table counts from the policy stage and is positive (the code's formula is 0 in one step, and negative if F < 500,000).
  3. Paper: flow trained 20,000 steps, then jointly with the policy (--flow-training joint). Code: 500,000, then frozen.
  4. NICE is inverted with un-scaling first (in the code last, which is no inverse), and re-seeds no generator. No unused passes.
@@ -33,7 +32,6 @@ import sys
 import threading
 import time
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -54,7 +52,7 @@ EVAL_COLUMNS = ("eval/return", "eval/normalized_score", "eval/episode_length")
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     # run
     env: str = "hopper-medium"  # task, Minari id (mujoco/hopper/medium-v0) or, with a file as data, any Gymnasium id
@@ -84,7 +82,7 @@ class Args:
     actor_lr: float = 1e-4  # Adam step size of the actor
     critic_lr: float = 3e-4  # Adam step size of the critics
     flow_lr: float = 1e-4  # Adam step size of the flow
-    flow_lr_end: float | None = None  # its value at the end of the flow stage, by a cosine from flow_lr; ours, for short stages
+    flow_lr_end: float = 1e-4  # its value at the end of the flow stage, by a cosine; ours, for short stages
     disc_lr: float = 1e-4  # Adam step size of the discriminator
     tau: float = 0.005  # rate of the target networks
     policy_every: int = 2  # updates between steps of the actor and of all targets
@@ -131,8 +129,7 @@ FLOW_ARGS += ("mle_weight", "penalty_weight", "penalty_mix", "batch_size", "data
 # Shapes: B batch, S observation dim, A action dim, D = S + A, H = 2 critics, N rows of the dataset, E environments.
 
 
-def mlp(fan_in: int, width: int, fan_out: int, hidden: nn.Module, out: nn.Module) -> nn.Sequential:
-    """Three linear layers with their activations: [B, fan_in] -> [B, fan_out]."""
+def mlp(fan_in: int, width: int, fan_out: int, hidden: nn.Module, out: nn.Module) -> nn.Sequential:  # [B, in] -> [B, out]
     return nn.Sequential(nn.Linear(fan_in, width), hidden, nn.Linear(width, width), hidden, nn.Linear(width, fan_out), out)
 
 
@@ -163,11 +160,11 @@ def q_values(critic: nn.ModuleList, obs: Tensor, act: Tensor) -> Tensor:  # [H, 
 
 
 # --------------------------------------------------------------------------------------------------- generative model
-# NICE has l = 0. RealNVP has c = 0 and, as released, nets that see their input twice, with l and t not negative.
 
 
 class Flow(nn.Module):
-    """Couplings v <- v exp(l(u)) + t(u) between the halves (u, v) of x [B, D], each half in turn, then z = exp(c) x."""
+    """Couplings v <- v exp(l(u)) + t(u) between the halves (u, v) of x [B, D], each half in turn, then z = exp(c) x.
+    NICE has l = 0. RealNVP has c = 0 and, as released, nets that see their input twice, with l and t not negative."""
 
     def __init__(self, dim: int, args: Args):
         super().__init__()
@@ -207,6 +204,12 @@ class Flow(nn.Module):
         u = obs[:, : u.shape[1]] if u.shape[1] <= obs.shape[1] else u  # no action in it: spares a gradient of coupling 0
         z, log_det = self(u, v)
         return (z - 2 * nn.functional.softplus(z)).sum(1) + log_det
+
+
+def shuffled_rows(count: int) -> tuple[np.ndarray, int]:
+    return np.random.default_rng(0).permutation(
+        count
+    ), count * 19 // 20  # how many of them flows learn from; the rest is held out
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
@@ -257,10 +260,9 @@ def critic_loss(critic: nn.Module, targets: tuple, batch: Batch, draws: Draws, a
     return loss, {"critic_loss": loss, "q_mean": q.mean(), "td_target": y.mean()}
 
 
-def actor_loss(
-    actor: nn.Module, critic: nn.Module, flow: Flow, batch: Batch, lagrange: Tensor, epsilon: Tensor, use_q: bool, hinge: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
+def actor_loss(networks: tuple, batch: Batch, lagrange: Tensor, epsilon: Tensor, use_q: bool, hinge: bool) -> tuple[Tensor, dict]:
     """alpha * violation - mean min_h Q_h(s, pi(s)); violation: the mean of -log p(s, pi(s)) - epsilon, or of its hinge."""
+    actor, critic, flow = networks
     act = actor(batch.obs)
     excess = -flow.log_density(batch.obs, act) - epsilon  # [B], nats outside of the region
     violation = excess.relu().mean() if hinge else excess.mean()
@@ -311,12 +313,10 @@ class CPED:
             loss, disc = disc_loss(self.disc, batch, fake.detach(), draws.mix, args)  # eager: differentiated twice
             gradient_step(self.disc_adam, loss, math.inf)  # inf: not clipped
             if flow_due:
-                if args.flow_lr_end is not None:
-                    share_left = (1 + math.cos(math.pi * min(self.step / args.flow_steps, 1))) / 2
-                    self.flow_adam.param_groups[0]["lr"] = args.flow_lr_end + share_left * (args.flow_lr - args.flow_lr_end)
+                share_left = (1 + math.cos(math.pi * min(self.step / args.flow_steps, 1))) / 2
+                self.flow_adam.param_groups[0]["lr"] = args.flow_lr_end + share_left * (args.flow_lr - args.flow_lr_end)
                 loss, flow = self.flow_loss(self.flow, self.disc, batch, fake, args)
                 gradient_step(self.flow_adam, loss, math.inf)
-                self.flow_adam.zero_grad()
                 self.flow.requires_grad_(False)
         if step >= args.critic_start:  # step: update of the policy stage
             loss, critic = self.critic_loss(self.critic, (self.actor_target, self.critic_target), batch, draws, args)
@@ -330,7 +330,7 @@ class CPED:
             if args.constraint == "schedule":
                 self.lagrange.fill_(args.lagrange_table[sum(first <= step for first in args.lagrange_from) - 1])
             self.critic.requires_grad_(False)
-            loss, actor = self.actor_loss(self.actor, self.critic, self.flow, batch, self.lagrange, epsilon, use_q, hinge)
+            loss, actor = self.actor_loss((self.actor, self.critic, self.flow), batch, self.lagrange, epsilon, use_q, hinge)
             gradient_step(self.actor_adam, loss, math.inf)
             self.critic.requires_grad_(True)
             if hinge:  # alpha rises while the policy leaves the region by more than the data do, else it falls
@@ -455,13 +455,13 @@ def main(argv: list[str] | None = None) -> dict:
     if args.quick:
         print("quick       a small protocol of our own; its scores are not comparable with published ones")
     arrays |= {"rew": arrays["rew"] - (args.reward_transform == "minus_one"), "nll": np.zeros_like(arrays["rew"])}
-    order = np.random.default_rng(0).permutation(len(arrays["rew"]))
+    order, split = shuffled_rows(len(arrays["rew"]))
     data = Batch(*(torch.as_tensor(arrays[name][order], device=device) for name in Batch._fields))
-    total, split = len(order), len(order) * 19 // 20  # the flow does not learn from the rows behind split
 
     # agent and run folder
     torch.manual_seed(args.seed)  # initialisation and all noise come from torch, on every device
-    agent = CPED(data.obs.shape[1], data.act.shape[1], args, device)
+    dims = {"obs_dim": data.obs.shape[1], "act_dim": data.act.shape[1]}
+    agent = CPED(**dims, args=args, device=device)
     if args.flow:
         old = load_checkpoint(args.flow / "flow.pt" if args.flow.is_dir() else args.flow)
         was = old["args"] | {"dataset": old["info"]["sha256"], "flow_steps": old["agent"]["step"]}
@@ -501,8 +501,8 @@ def main(argv: list[str] | None = None) -> dict:
         step, row, last = agent.step, {}, agent.step == end or stop.is_set()
         if bar is None or step == start:  # each stage has its own
             bar = bar and bar.close()
-            stage = ("flow", start, step) if step < start else ("policy", args.total_steps, step - start)
-            bar = tqdm(**dict(zip(("desc", "total", "initial"), stage)), unit=" updates", mininterval=0.5)
+            name, length, begun = ("flow", start, step) if step < start else ("policy", args.total_steps, step - start)
+            bar = tqdm(desc=name, total=length, initial=begun, unit=" updates", mininterval=0.5)
         if metrics and step % args.log_every == 0:
             values = torch.stack(list(metrics.values())).tolist()  # the only wait for the device
             row = {f"train/{name}": value for name, value in zip(metrics, values)}
@@ -523,9 +523,8 @@ def main(argv: list[str] | None = None) -> dict:
             window = time.perf_counter()
         if metrics is not None and (step % args.checkpoint_every == 0 or step == start or last):
             content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "agent": agent.state_dict()}
-            content |= {"obs_dim": data.obs.shape[1], "act_dim": data.act.shape[1], "rng": torch.get_rng_state()}
+            content |= dims | {"rng": torch.get_rng_state(), "seconds": seconds + time.perf_counter() - started}
             content |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-            content |= {"seconds": seconds + time.perf_counter() - started}
             for name in ("checkpoint.pt", "flow.pt")[: 1 + (step == start)]:
                 save_checkpoint(folder / name, content)
         if last:
@@ -533,7 +532,7 @@ def main(argv: list[str] | None = None) -> dict:
         if step >= start and not measured and args.constraint == "dual" and args.flow_training == "frozen":
             nll = torch.cat([-agent.flow.log_density(*rows) for rows in zip(data.obs.split(512), data.act.split(512))])
             data, measured, window = data._replace(nll=nll), True, time.perf_counter()
-        index = torch.randint(split if step < agent.flow_until else total, (args.batch_size,), device=device)
+        index = torch.randint(split if step < agent.flow_until else len(order), (args.batch_size,), device=device)
         metrics = agent.update(Batch(*(column[index] for column in data)), agent.draw(args.batch_size))
         bar.update()
     bar.close()

@@ -33,7 +33,6 @@ import threading
 import time
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -55,7 +54,7 @@ EVAL_COLUMNS = ("eval/return", "eval/normalized_score", "eval/episode_length")
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     # run
     env: str = "hopper-medium"  # task, Minari id (mujoco/hopper/medium-v0) or, with a file as data, any Gymnasium id

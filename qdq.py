@@ -35,7 +35,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -65,7 +64,7 @@ AWR_TEMPERATURE, AWR_MAX_WEIGHT, AWR_SAMPLES = 6, 100, 30  # advantage-weighted 
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     # run
     env: str = "hopper-medium"  # task, Minari id (mujoco/hopper/medium-v0) or, with a file as data, any Gymnasium id

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import tyro
 
@@ -36,9 +35,8 @@ def main(args: Args) -> None:
         arrays, info = load_dataset(state["args"]["env"], args.data or state["args"]["data"], need_env=False)
         if info["sha256"] != state["info"]["sha256"]:
             raise UserError(f"{path} was trained on {state['info']['id']}, not on {info['file']}", status=2)
-        order = np.random.default_rng(0).permutation(len(arrays["rew"]))  # as in cped.py, and the last 5 % are held out
+        order, split = cped.shuffled_rows(len(arrays["rew"]))
         obs, act = (torch.as_tensor(arrays[name][order]) for name in ("obs", "act"))
-        split = len(order) * 19 // 20
         random = torch.rand(act[split:].shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
         own = state["args"]
