@@ -8,14 +8,17 @@ Shapes: N transitions, S observation dimension, A action dimension, E episodes. 
 import contextlib
 import difflib
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import re
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import gymnasium as gym
 import h5py
@@ -23,12 +26,19 @@ import numpy as np
 import pooch
 import requests
 import torch
+from gymnasium.envs.mujoco import ant_v5
 
 # D4RL's reference returns (random policy, expert policy), the same for every dataset version.
 REFERENCE_RETURNS = {"hopper": (-20.272305, 3234.3), "halfcheetah": (-280.178953, 12135.0)}
 REFERENCE_RETURNS |= {"walker2d": (1.629008, 4592.3), "antmaze": (0.0, 1.0)}
 # The -v4 models and rewards are those of D4RL's -v2 data; MuJoCo is pinned below 3.5, which changed Hopper's contacts.
 EVALUATION_ENVS = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
+MAZES = {  # R start, G goal, one cell is 4 m wide
+    "umaze": "##### #R..# ###.# #G..# #####",
+    "medium": "######## #R.##..# #..#...# ##...### #..#...# #.#..#.# #...#.G# ########",
+    "large": "############ #R...#.....# #.##.#.#.#.# #......#...# #.####.###.# #..#.#.....# ##.#.#.#.### #..#...#.G.# "
+    "############",
+}
 ANTMAZE_FILES = {
     "umaze": "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse",
     "umaze-diverse": "Ant_maze_u-maze_noisy_multistart_True_multigoal_True_sparse",
@@ -69,6 +79,7 @@ MIRRORS = (  # in this order; the first keeps D4RL's folders, the second has all
 MINARI_HUB = "https://huggingface.co/datasets/farama-minari"
 TIMEOUT = 7.0  # seconds after which a silent server counts as dead: two mirrors stay below 15
 BUNDLED = Path(__file__).resolve().parent / "benchmarks" / "data"
+MAX_STEP = 1.5  # metres that an ant may move in one step of 0.1 s; farther is a new episode that AntMaze-v0 does not mark
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
 
@@ -111,10 +122,10 @@ def load_dataset(env: str, data: str = "auto", need_env: bool = True) -> tuple[d
         if strip_version(env) in TASKS and strip_version(env) != strip_version(official[0]):
             raise UserError(f"{path} is D4RL's {official[0]}, not {env}: correct --env or --data", status=2)
     check(raw, facts, path)
-    arrays, counts = to_transitions(raw)
+    arrays, counts = to_transitions(raw, MAX_STEP if env.startswith("antmaze") else None)
     low, high = np.asarray(facts["act_low"]), np.asarray(facts["act_high"])
     arrays["act"] = ((arrays["act"] - (low + high) / 2) / ((high - low) / 2)).astype(np.float32)
-    info = {"id": name, "file": str(path), "sha256": digest} | facts | counts
+    info = {"id": name, "file": str(path), "sha256": digest, "preset": strip_version(env) in TASKS} | facts | counts
     info["mean_score"] = None if info["ref_min"] is None else float(normalized_score(info["mean_return"], info))
     info["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
     return arrays, info | {"versions": {"python": sys.version.split()[0]} | info["versions"]}
@@ -136,7 +147,9 @@ def d4rl_name(env: str) -> str:
 def task_facts(env: str, need_env: bool) -> dict:
     """Evaluation environment, sizes and reference returns of a task or a Gymnasium id."""
     robot = env.split("-")[0] if env.split("-")[0] in REFERENCE_RETURNS else None  # also of hopper-expert and the like
-    env_id = EVALUATION_ENVS.get(robot) if robot else env
+    env_id = EVALUATION_ENVS.get(robot, env)
+    if robot == "antmaze" and strip_version(env) in TASKS:
+        env_id = f"D4RLAntMaze-{env.split('-')[1]}-v2"
     ref_min, ref_max = REFERENCE_RETURNS.get(robot, (None, None))
     if not need_env:
         return {"env": None, "ref_min": ref_min, "ref_max": ref_max, "obs_dim": None, "act_low": -1.0, "act_high": 1.0}
@@ -247,9 +260,12 @@ def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray],
         raise UserError(f"Minari cannot load {dataset_id} ({error!r:.300})") from None
     metadata, box = dataset.storage.metadata, dataset.action_space
     spec = (dataset._eval_env_spec or dataset.env_spec) if need_env else None  # made by Minari to fit this Gymnasium
+    if spec and spec.id not in gym.registry:
+        with contextlib.suppress(ImportError):  # where it is installed: the mazes, hands and kitchen of Minari's D4RL
+            gym.register_envs(importlib.import_module("gymnasium_robotics"))
     known = gym.registry.get(spec.id) if spec else None
     if need_env and (known is None or known.entry_point != spec.entry_point or spec.additional_wrappers):
-        raise UserError(f"{dataset_id}: environment {spec and spec.id} is not registered with Gymnasium; see --no-eval")
+        raise UserError(f"{dataset_id}: environment {spec and spec.id} is not registered: install its package, or see --no-eval")
     if not isinstance(box, gym.spaces.Box) or not box.is_bounded():
         raise UserError(f"{dataset_id}: the action space is {box}, but only bounded boxes will do")
     columns = []  # of each episode; it has T + 1 observations, for the last one is the true next observation
@@ -263,11 +279,17 @@ def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray],
     return raw, Path(dataset.storage.data_path), facts
 
 
-def flatten(space: gym.Space, values) -> np.ndarray:
-    """gymnasium.spaces.flatten for a batch: the entries of a dictionary side by side, in the space's order."""
+def flatten(space: gym.Space, obs) -> np.ndarray:
+    """Observations, one or a batch, as float vectors; the entries of a dictionary side by side in the order of sorted keys.
+
+    The order of a space is not used, because storing a dataset can change it.
+    """
     if isinstance(space, gym.spaces.Dict):
-        return np.concatenate([flatten(part, values[key]) for key, part in space.items()], axis=1)
-    return np.asarray(values).reshape(len(values), -1)
+        return np.concatenate([flatten(space[key], obs[key]) for key in sorted(space)], axis=-1)
+    if not isinstance(space, gym.spaces.Box):
+        raise UserError(f"the observation space {space} is neither a box nor a dictionary of boxes")
+    obs = np.asarray(obs)
+    return obs.reshape(*obs.shape[: obs.ndim - len(space.shape)], -1)
 
 
 def check(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
@@ -294,11 +316,12 @@ def check(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
         raise UserError(f"{path}: not one whole episode, for there is neither a terminal nor a timeout in {rows[0]} rows")
 
 
-def to_transitions(raw: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict]:
+def to_transitions(raw: dict[str, np.ndarray], max_step: float | None = None) -> tuple[dict[str, np.ndarray], dict]:
     """D4RL's Q-learning view (d4rl.qlearning_dataset) and the counts that describe the file.
 
     A timeout is not a terminal. Without next_observations the next observation is the following row's, so rows cut by a
     timeout and the last row are dropped; at a terminal it is another episode's first, which not_done = 0 hides.
+    max_step drops the rows that jump farther than this in x and y, the first two of an observation.
     """
     obs, terminal, timeout = (raw[key] for key in ("observations", "terminals", "timeouts"))
     terminal, timeout = terminal.astype(bool), timeout.astype(bool)
@@ -307,26 +330,35 @@ def to_transitions(raw: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], d
     else:
         next_obs, keep = np.roll(obs, -1, axis=0), ~timeout
         keep[-1] = False
+    jump = np.zeros(len(obs), bool)
+    if max_step is not None:
+        jump = keep & ~terminal & (np.linalg.norm(next_obs[:, :2] - obs[:, :2], axis=1) > max_step)
+    keep &= ~jump
     arrays = {"obs": obs, "act": raw["actions"], "rew": raw["rewards"], "next_obs": next_obs, "not_done": ~terminal}
     arrays = {key: np.ascontiguousarray(array[keep], dtype=np.float32) for key, array in arrays.items()}
-    jumps = np.linalg.norm(arrays["obs"][1:] - arrays["next_obs"][:-1], axis=1) > 1e-6  # the authors' rule: DAC, QDQ
-    ends = (terminal | timeout)[keep] | np.r_[jumps, True]
+    breaks = np.linalg.norm(arrays["obs"][1:] - arrays["next_obs"][:-1], axis=1) > 1e-6  # the authors' rule: DAC, QDQ
+    ends = (terminal | timeout)[keep] | np.r_[breaks, True]
     stops = np.flatnonzero(terminal | timeout) + 1  # whole episodes only: an unfinished tail has no return
     returns = np.add.reduceat(raw["rewards"].astype(np.float64)[: stops[-1]], np.r_[0, stops[:-1]])
     counts = {"rows": len(obs), "dropped": int((~keep).sum()), "transitions": int(keep.sum()), "episodes": len(stops)}
-    counts |= {"terminals": int(terminal.sum()), "timeouts": int(timeout.sum()), "mean_return": float(returns.mean())}
+    counts |= {"terminals": int(terminal.sum()), "timeouts": int(timeout.sum()), "jumps": int(jump.sum())}
+    counts |= {"mean_return": float(returns.mean())}
     return arrays | {"ends": ends}, counts
 
 
 def describe(info: dict) -> str:
     """What every run prints first: which data this is, and where the policy is evaluated."""
     score = "no reference returns" if info["mean_score"] is None else f"normalised score {info['mean_score']:.1f}"
-    counts = [f"{info[name]:,} {name}" for name in ("rows", "dropped", "transitions", "episodes", "terminals", "timeouts")]
+    names = ("rows", "dropped", "transitions", "episodes", "terminals", "timeouts", "jumps")
+    counts = [f"{info[name]:,} {name}" for name in names if name != "jumps" or info[name]]
+    spec = env_spec(info["env"]) if info["env"] else None
+    place = f"{spec.id}, {spec.max_episode_steps} steps at most" if spec else "none"
+    preset = "" if info["preset"] else "\npreset      none for this task: the defaults of --help"
     versions = ", ".join(" ".join(item) for item in info["versions"].items())
     return f"""dataset     {info["id"]} (SHA-256 {info["sha256"][:12]}, {info["file"]})
             {", ".join(counts)}
             mean episode return {info["mean_return"]:.1f}, {score}
-evaluation  {env_spec(info["env"]).id if info["env"] else "none"} ({versions})"""
+evaluation  {place} ({versions}){preset}"""
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -335,6 +367,47 @@ evaluation  {env_spec(info["env"]).id if info["env"] else "none"} ({versions})""
 def env_spec(env: str) -> gym.envs.registration.EnvSpec:
     """`info["env"]` is a Gymnasium id or, from Minari, the JSON of an environment's specification."""
     return gym.envs.registration.EnvSpec.from_json(env) if env.startswith("{") else gym.spec(env)
+
+
+class AntMaze(ant_v5.AntEnv):
+    """D4RL's AntMaze-v2 over Gymnasium's ant: observation qpos [15] and qvel [14], while the goal stays hidden.
+
+    The origin is the start, x goes with the columns of the maze and y with its rows. Within 0.5 m of the goal, which each reset
+    draws anew in its cell, the reward is 1 and the episode over; everywhere else the reward is 0.
+    """
+
+    def __init__(self, maze: str, **kwargs):
+        cells = {(i, j): cell for i, row in enumerate(MAZES[maze].split()) for j, cell in enumerate(row)}
+        where = {cell: np.array(place) for place, cell in cells.items()}  # row and column
+        tree = ElementTree.parse(Path(ant_v5.__file__).parent / "assets" / "ant.xml")
+        for place in (place for place, cell in cells.items() if cell == "#"):
+            y, x = 4 * (place - where["R"])
+            wall = {"type": "box", "size": "2 2 1", "pos": f"{x} {y} 1", "contype": "1", "conaffinity": "1"}
+            ElementTree.SubElement(tree.find("worldbody"), "geom", wall)
+        self.goal = self.goal_cell = 4.0 * (where["G"] - where["R"])[::-1]  # x, y
+        settings = {"include_cfrc_ext_in_observation": False, "exclude_current_positions_from_observation": False}
+        with tempfile.TemporaryDirectory() as folder:
+            tree.write(file := Path(folder) / "maze.xml")
+            super().__init__(str(file), terminate_when_unhealthy=False, **settings, **kwargs)
+        self.model.opt.timestep = 0.02  # s, five of them per step; Gymnasium has 0.01
+        self.model.actuator_gear[:, 0] = 30  # N m at action 1; Gymnasium has 150
+        self.model.geom_solimp[:, :3] = 0.8, 0.8, 0.01
+        self.metadata["render_fps"] = 10
+
+    def reset_model(self) -> np.ndarray:
+        noise = self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
+        self.goal = np.maximum(self.goal_cell + noise, 0)
+        return super().reset_model()  # D4RL's start noise: 0.1 uniform on qpos, 0.1 normal on qvel
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        obs, _, _, _, info = super().step(action)
+        success = bool(np.linalg.norm(obs[:2] - self.goal) <= 0.5)
+        return obs, float(success), success, False, info
+
+
+for maze in MAZES:
+    steps = 700 if maze == "umaze" else 1000
+    gym.register(f"D4RLAntMaze-{maze}-v2", AntMaze, max_episode_steps=steps, kwargs={"maze": maze})
 
 
 def make_env(info: dict, **kwargs) -> gym.Env:
@@ -350,7 +423,10 @@ def make_env(info: dict, **kwargs) -> gym.Env:
         raise UserError(f"{env.spec.id} has no time limit, so its episodes may never end")
     if not (isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded()):
         raise UserError(f"{env.spec.id}: the action space is {env.action_space}, but only bounded boxes will do")
-    return gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
+    space = env.observation_space
+    flat = gym.spaces.Box(-np.inf, np.inf, flatten(space, space.sample()).shape)
+    env = gym.wrappers.TransformObservation(env, lambda obs: flatten(space, obs), flat)
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
 def normalized_score(returns, info: dict):

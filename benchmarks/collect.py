@@ -12,6 +12,12 @@ Qualities, after D4RL (Fu et al., arXiv:2004.07219):
   medium-expert   rows/2 of each, medium first
 All policies act as SAC trained them, by sampling; evaluation samples too, so --medium-return speaks about the data.
 
+    python benchmarks/collect.py --env pointmaze-umaze --rows 200000 --minari-id local/pointmaze/umaze-v0
+
+A maze has one quality, play, and nothing is trained: from random places a controller pushes a point along the shortest way to
+random cells, with noise, and does not know the goal, which gives reward 1 and ends the episode. Evaluation begins in the cell
+farthest from the goal. This is written for Minari only, for files in D4RL's layout do not carry their environments.
+
 Files hold observations, actions, rewards (float32), terminals, timeouts (bool), one row per step. Only whole episodes
 are written: each ends in a terminal or in a timeout, never in both. The attributes record how the file was made. These
 are not the D4RL files, and a score on them is not a D4RL score.
@@ -28,6 +34,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections import deque
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -58,13 +65,18 @@ DTYPES = {"observations": "f4", "actions": "f4", "rewards": "f4", "terminals": "
 MEDIUM_RETURNS = {"hopper": 1420.0, "halfcheetah": 4770.0, "walker2d": 2850.0}  # mean returns of D4RL's medium-v2 files
 # evaluation environment, D4RL's reference scores (random, expert), and the mean return of D4RL's medium-v2 file
 ENVS = {robot: (EVALUATION_ENVS[robot], *REFERENCE_RETURNS[robot], MEDIUM_RETURNS[robot]) for robot in MEDIUM_RETURNS}
+# PointMaze of gymnasium-robotics: environment, name of its map, goal (row, column), steps of an episode
+MAZES = {"pointmaze-umaze": ("PointMaze_UMaze-v3", "U_MAZE", (3, 1), 150)}
+MAZES |= {"pointmaze-medium": ("PointMaze_Medium-v3", "MEDIUM_MAZE", (6, 6), 400)}
+MAZES |= {"pointmaze-large": ("PointMaze_Large-v3", "LARGE_MAZE", (7, 10), 600)}
+MAZE_NOISE = 0.5  # standard deviation of the noise on the controller's force, which is in [-1, 1]
 
 
 @dataclass
 class Args:
     # what to make
-    env: Literal["hopper", "halfcheetah", "walker2d"] = "hopper"
-    """robot; Hopper-v4, HalfCheetah-v4 or Walker2d-v4 of Gymnasium"""
+    env: Literal["hopper", "halfcheetah", "walker2d", "pointmaze-umaze", "pointmaze-medium", "pointmaze-large"] = "hopper"
+    """robot; Hopper-v4, HalfCheetah-v4 or Walker2d-v4 of Gymnasium; or a maze, which uses --rows, --minari-id and --seed only"""
     quality: tuple[Literal["medium-replay", "medium", "expert", "medium-expert"], ...] = ("medium-replay", "medium")
     """one or more datasets to make, all from one training run"""
     rows: int = 1_000_000
@@ -298,9 +310,8 @@ def write_hdf5(path: Path, rows: Rows, attributes: dict[str, object]) -> None:
     os.replace(part, path)
 
 
-def write_minari(dataset_id: str, rows: Rows, args: Args, description: str) -> None:
-    """Local Minari dataset: T+1 observations per episode, the last being the true one after the last action."""
-    env_id, low, high, _ = ENVS[args.env]
+def minari_buffers(rows: Rows) -> list[EpisodeBuffer]:
+    """T+1 observations per episode, the last being the true one after the last action."""
     buffers, first = [], 0
     for index, end in enumerate(episode_ends(rows)):
         steps, first = slice(first, end), end
@@ -308,22 +319,108 @@ def write_minari(dataset_id: str, rows: Rows, args: Args, description: str) -> N
         flags = {"terminations": rows["terminals"][steps], "truncations": rows["timeouts"][steps]}
         actions, rewards = rows["actions"][steps], rows["rewards"][steps]
         buffers.append(EpisodeBuffer(id=index, observations=observations, actions=actions, rewards=rewards, **flags))
+    return buffers
+
+
+def write_minari(dataset_id: str, buffers: list[EpisodeBuffer], specs: tuple, scores: tuple[float, float], **texts: str) -> None:
+    """Local Minari dataset; specs: environments of data and evaluation; scores: its reference returns (min, max)."""
     namespace, root = dataset_id.rpartition("/")[0], get_dataset_path()
     if namespace and namespace not in list_local_namespaces():
         create_namespace(namespace)
-    spec = make_env(env_id).spec
     # Minari writes in place under the final name; a root of its own until then keeps half a dataset out of sight
     with warnings.catch_warnings(action="ignore"), tempfile.TemporaryDirectory(prefix=".collect", dir=root) as part:
         os.environ["MINARI_DATASETS_PATH"] = part
         try:
             minari.create_dataset_from_buffers(
-                dataset_id, buffers, env=spec, eval_env=spec, algorithm_name="SAC", description=description,
-                ref_min_score=low, ref_max_score=high,
-                requirements=[f"{name}=={version(name)}" for name in ("gymnasium", "mujoco")],
+                dataset_id, buffers, env=specs[0], eval_env=specs[1], ref_min_score=scores[0], ref_max_score=scores[1],
+                requirements=[f"{name}=={version(name)}" for name in ("gymnasium", "mujoco")], **texts,
             )  # fmt: skip
         finally:
             os.environ["MINARI_DATASETS_PATH"] = str(root)
         os.replace(Path(part) / dataset_id, root / dataset_id)
+
+
+# --- Mazes ------------------------------------------------------------------------------------------------------------
+
+
+def way(free: set[tuple[int, int]], start: tuple[int, int], target: tuple[int, int]) -> list[tuple[int, int]]:
+    """A shortest way through neighbouring free cells, both ends included, by breadth-first search from the target."""
+    following, queue = {target: None}, deque([target])
+    while queue:
+        i, j = cell = queue.popleft()
+        for neighbour in ((i, j + 1), (i + 1, j), (i, j - 1), (i - 1, j)):
+            if neighbour in free and neighbour not in following:
+                following[neighbour] = cell
+                queue.append(neighbour)
+    cells = [start]
+    while cells[-1] != target:
+        cells.append(following[cells[-1]])
+    return cells
+
+
+def make_mazes(name: str) -> tuple[gym.Env, gym.Env, set[tuple[int, int]]]:
+    """The environments of data (starts in any free cell) and of evaluation (in the farthest one), and the free cells."""
+    try:
+        import gymnasium_robotics
+    except ImportError:
+        fail("gymnasium-robotics is missing: pip install -r benchmarks/requirements.txt")
+    gym.register_envs(gymnasium_robotics)
+    env_id, map_name, goal, steps = MAZES[name]
+    walls = getattr(gymnasium_robotics.envs.maze.maps, map_name)
+    free = {(i, j) for i, row in enumerate(walls) for j, wall in enumerate(row) if wall == 0}
+    farthest = max(sorted(free), key=lambda cell: len(way(free, cell, goal)))
+    envs = []
+    for starts in (free, {farthest}):
+        marks = dict.fromkeys(starts, "r") | {goal: "g"}
+        maze_map = [[marks.get((i, j), int(wall)) for j, wall in enumerate(row)] for i, row in enumerate(walls)]
+        envs.append(gym.make(env_id, maze_map=maze_map, continuing_task=False, max_episode_steps=steps))
+    return *envs, free
+
+
+def play(env: gym.Env, free: set[tuple[int, int]], rng: np.random.Generator, seed: int) -> EpisodeBuffer:
+    """One episode: a noisy spring pulls the point from cell to cell, along a way to one random cell after the other."""
+    maze, cells, over = env.unwrapped.maze, [], False
+    obs, _ = env.reset(seed=seed)
+    steps, all_obs = [], [obs]
+    while not over:
+        position, velocity = obs["observation"][:2], obs["observation"][2:]
+        while not cells or np.linalg.norm(maze.cell_rowcol_to_xy(np.array(cells[0])) - position) < 0.3:
+            cells = cells[1:] or way(
+                free, tuple(maze.cell_xy_to_rowcol(position).tolist()), sorted(free)[rng.integers(len(free))]
+            )
+        pull = 10 * (maze.cell_rowcol_to_xy(np.array(cells[0])) - position) - velocity + MAZE_NOISE * rng.normal(size=2)
+        action = pull.clip(-1, 1).astype(np.float32)
+        obs, reward, terminal, truncated, _ = env.step(action)
+        over = terminal or truncated
+        steps.append((action, reward, terminal, truncated and not terminal))
+        all_obs.append(obs)
+    observations = {key: np.stack([obs[key] for obs in all_obs]) for key in obs}
+    columns = dict(zip(("actions", "rewards", "terminations", "truncations"), map(np.array, zip(*steps))))
+    return EpisodeBuffer(observations=observations, **columns)
+
+
+def make_maze(args: Args) -> None:
+    """A Minari dataset of wandering, and how often the same wandering reaches the goal from where evaluation begins."""
+    if get_dataset_path(args.minari_id).exists():
+        fail(f"{args.minari_id} exists: choose another --minari-id, or remove it")
+    (data_env, eval_env, free), rng = make_mazes(args.env), np.random.default_rng(args.seed)
+    buffers, rows = [], 0
+    with tqdm(total=args.rows, desc=args.env, unit="row") as bar:
+        while rows < args.rows:
+            buffers.append(play(data_env, free, rng, derive_seed(args.seed, 0, len(buffers))))
+            rows += len(buffers[-1].rewards)
+            bar.update(len(buffers[-1].rewards))
+    success = {"data": np.mean([buffer.rewards[-1] for buffer in buffers])}
+    success["evaluation"] = np.mean([play(eval_env, free, rng, derive_seed(args.seed, 1, i)).rewards[-1] for i in range(200)])
+    recipe = {"command": f"python benchmarks/collect.py {shlex.join(sys.argv[1:])}", "success": success}
+    recipe |= {f"version_{name}": version(name) for name in ("gymnasium-robotics", "mujoco", "numpy")}
+    texts = {"algorithm_name": "waypoint controller", "description": json.dumps(recipe)}
+    write_minari(args.minari_id, buffers, (data_env, eval_env), (0.0, 1.0), **texts)
+    print(f"{args.minari_id}: {rows:,} rows, {len(buffers):,} episodes, {success['data']:.1%} with the goal reached")
+    print(f"from the start of evaluation, 200 episodes of the same behaviour reach it in {success['evaluation']:.1%}")
+
+
+# --- Making what is missing -------------------------------------------------------------------------------------------
 
 
 def make(args: Args, quality: str, work: Path) -> None:
@@ -366,13 +463,16 @@ def make(args: Args, quality: str, work: Path) -> None:
     if str(path) not in found:
         write_hdf5(path, rows, attributes)
     if args.minari_id and args.minari_id not in found:
-        write_minari(args.minari_id, rows, args, recipe)
+        spec = make_env(ENVS[args.env][0]).spec
+        write_minari(args.minari_id, minari_buffers(rows), (spec, spec), (low, high), algorithm_name="SAC", description=recipe)
     summary = f"{len(rows['rewards']):,} rows, {len(returns):,} episodes, mean return {returns.mean():.1f}"
     print(f"{path}: {summary}, normalised {attributes['normalized_score']:.1f}")
 
 
 def main(args: Args) -> None:
-    if args.medium_return is None:
+    if args.env in MAZES and args.minari_id is None:
+        fail(f"--env {args.env} needs --minari-id, e.g. local/{args.env.replace('-', '/')}-v0")
+    if args.medium_return is None and args.env in ENVS:
         args.medium_return = ENVS[args.env][3]
     counts = ("rows", "eval_episodes", "snapshot_every", "total_steps", "batch_size", "steps_per_update")
     valid = {name: getattr(args, name) >= 1 for name in counts} | {
@@ -388,10 +488,12 @@ def main(args: Args) -> None:
         if not valid[name]:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range")
     if args.minari_id is not None:
-        if len(args.quality) != 1:
+        if len(args.quality) != 1 and args.env in ENVS:
             fail("--minari-id names one dataset and needs exactly one --quality")
         if not re.fullmatch(r"([-\w]{2,}/)*[-\w]+-v\d+", args.minari_id):
             fail(f"--minari-id {args.minari_id} is not of the form namespace/name-v0")
+    if args.env in MAZES:
+        return make_maze(args)
     torch.set_num_threads(1)  # the networks are too small to gain from more, and one thread makes the result repeatable
     work = args.work_dir / args.env / f"seed{args.seed}"
     recipe = training_recipe(args)

@@ -57,7 +57,7 @@ def test_counts_ends_and_mean_return():
     assert arrays["ends"].tolist() == [False, False, True, False, True, True, True]
     assert counts == {
         "rows": 10, "transitions": 7, "dropped": 3, "episodes": 3, "terminals": 2, "timeouts": 2,
-        "mean_return": np.mean([0 + 1 + 2, 3 + 4 + 5, 6 + 7]),
+        "jumps": 0, "mean_return": np.mean([0 + 1 + 2, 3 + 4 + 5, 6 + 7]),
     }  # fmt: skip
 
 
@@ -162,12 +162,18 @@ def test_minari_dataset_keeps_the_last_transition_and_its_own_scores(tmp_path, m
     np.testing.assert_allclose(result["normalized_score"], 2 * result["return"])
 
 
-def test_minari_dictionary_observations_are_flattened_like_the_environments(tmp_path):
-    space = gym.spaces.Dict(b=gym.spaces.Box(-1, 1, (2,)), a=gym.spaces.Dict(c=gym.spaces.Box(-1, 1, (1,))))
+def test_dictionary_observations_are_flattened_in_the_order_of_sorted_keys():
+    box = gym.spaces.Box
+    space = gym.spaces.Dict(b=box(-1, 1, (2,)), a=gym.spaces.Dict(d=box(-1, 1, (2, 2)), c=box(-1, 1, (1,))))  # not sorted
     space.seed(0)
     samples = [space.sample() for _ in range(4)]
-    batch = {"b": np.stack([s["b"] for s in samples]), "a": {"c": np.stack([s["a"]["c"] for s in samples])}}
-    np.testing.assert_array_equal(common.flatten(space, batch), [gym.spaces.flatten(space, s) for s in samples])
+    batch = {"b": np.stack([s["b"] for s in samples])}
+    batch |= {"a": {key: np.stack([s["a"][key] for s in samples]) for key in "cd"}}
+    rows = [np.r_[s["a"]["c"], s["a"]["d"].ravel(), s["b"]] for s in samples]
+    np.testing.assert_array_equal(common.flatten(space, batch), rows)
+    np.testing.assert_array_equal(common.flatten(space, samples[2]), rows[2])
+    with pytest.raises(UserError, match="neither a box nor a dictionary of boxes"):
+        common.flatten(gym.spaces.Dict(a=gym.spaces.Discrete(3)), {"a": np.zeros(4)})
 
 
 def test_minari_environment_must_be_a_registered_one(tmp_path, monkeypatch):
@@ -284,7 +290,7 @@ def test_a_file_without_a_known_environment(dataset):
     with pytest.raises(UserError, match=r"no task and no Gymnasium id .*Hopper-v"):
         load_dataset("Hoper-v4", str(dataset))
     with pytest.raises(UserError, match="no evaluation environment"):
-        load_dataset("antmaze-umaze", str(dataset))
+        load_dataset("antmaze-tiny", str(dataset))
     arrays, info = load_dataset("my-robot", str(dataset), need_env=False)
     assert info["env"] is None and len(arrays["obs"]) == 593
     assert "evaluation  none" in common.describe(info)

@@ -237,7 +237,7 @@ def test_a_saved_policy_is_rebuilt_in_three_lines(flags, tmp_path):
         (["--device", "toaster"], 2, "toaster"),
         (["--data", "absent.hdf5"], 2, "absent.hdf5 does not exist"),
         (["--env", "halfcheetah-medium"], 1, "sizes of observation and action"),
-        (["--env", "antmaze-umaze"], 2, "no evaluation environment here"),
+        (["--env", "antmaze-tiny"], 2, "no evaluation environment here"),
         (["--resume", "absent.pt"], 2, "absent.pt does not exist"),
         (["--eval-only", "README.md"], 2, "is no checkpoint"),
         (["--video", "hopper.mp4"], 2, "--episodes and --video go with --eval-only"),
