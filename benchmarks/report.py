@@ -1,0 +1,299 @@
+"""Finished runs beside the published scores: tables, intervals, learning curves and aggregates on one page.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/report.py benchmarks/results/sweep.csv runs --out benchmarks/REPORT.md
+
+Takes tables written by sweep.py, run folders, and folders that hold some. Writes the page and, in a folder beside it that is
+named after it, its tables as CSV and its pictures. D4RL, bundled, own and Minari data never share a table or a picture, and
+only D4RL's stand beside published scores. Runs are seeds of one row if their arguments differ in nothing else.
+
+Shapes: S runs (seeds), T tasks. The score of a run is the mean of its last five evaluations, as the papers report it.
+"""
+
+import csv
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import matplotlib
+import numpy as np
+import tyro
+from rliable import library, metrics
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import TASKS, strip_version
+
+matplotlib.use("svg")
+matplotlib.rcParams |= {"svg.hashsalt": "report", "font.size": 8, "lines.linewidth": 1}  # the same runs give the same file
+import matplotlib.pyplot as plt  # noqa: E402
+
+KINDS = {  # first part of a dataset's id: heading, and what a reader must know
+    "d4rl": ("D4RL", "D4RL's own files, by checksum; evaluated in Gymnasium, close to D4RL's simulator but not bitwise it."),
+    "bundled": ("Bundled samples", "Small datasets of this project: **not D4RL data**, not comparable with published scores."),
+    "file": ("Other files", "Stand-ins and users' own files: **not D4RL data**, not comparable with published scores."),
+    "minari": ("Minari", "Scores by a dataset's own reference returns, raw returns where it has none: not D4RL scores."),
+}
+INTRODUCTION = """Made by `benchmarks/report.py`. **Mean of last five** is the mean of the last five evaluations of a run, as the
+papers report it. Last and best are single evaluations; best is picked with hindsight. ± is the population standard deviation
+over seeds, as in the papers. Brackets are 95 % stratified bootstrap intervals over seeds; with fewer than five seeds they are
+too narrow. Episodes are those behind the mean of last five, of all seeds together."""
+BESIDE = """Ours in bold, then the papers' own rows; their sources are in `published.csv`. A version in brackets is that of the
+published row where it is not the column's (v?: not known)."""
+# arguments in which the runs of one row may differ
+SAME = {"env", "data", "seed", "device", "compile", "run_dir", "quick", "log_every", "checkpoint_every", "flow", "consistency"}
+
+
+@dataclass
+class Args:
+    sources: Annotated[tuple[Path, ...], tyro.conf.Positional]  # tables of sweep.py, run folders, or folders above them
+    out: Path = Path("benchmarks/REPORT.md")  # page to write
+    reps: int = 2000  # bootstrap samples per interval
+
+
+class Place(NamedTuple):
+    """Where scores are comparable: one task on one dataset."""
+
+    task: str
+    dataset: str
+    sha256: str
+
+
+def read_folder(folder: Path) -> dict:
+    """A run as dac.py, qdq.py and cped.py leave it, in the columns of a results table."""
+    result, facts = (json.loads((folder / name).read_text()) for name in ("result.json", "args.json"))
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("eval/return")]
+    evaluations = [(int(row["step"]), float(row.get("eval/normalized_score") or row["eval/return"])) for row in rows]
+    return result | {"arguments": facts["args"], "evaluations": evaluations, "behaviour": facts["dataset"]["mean_score"]}
+
+
+def read_table(path: Path) -> list[dict]:
+    with path.open() as file:
+        rows = [{"behaviour": "null"} | row for row in csv.DictReader(file)]
+    return [row | {key: json.loads(row[key]) for key in ("seed", "arguments", "evaluations", "behaviour")} for row in rows]
+
+
+def read(source: Path) -> list[dict]:
+    """The runs of a source; evaluations are [(policy updates, score)], and `final` is the mean of the last five."""
+    runs = []
+    for path in [result.parent for result in sorted(source.rglob("result.json"))] or [source]:
+        try:
+            found = read_table(path) if path.is_file() else [read_folder(path)]
+            for run in found:
+                # Steps count all stages, of which the policy's updates are the last total_steps; their end is evaluated.
+                before = run["evaluations"][-1][0] - run["arguments"]["total_steps"] if run["evaluations"] else 0
+                run["evaluations"] = [(step - before, score) for step, score in run["evaluations"]]
+                if scores := [score for step, score in run["evaluations"] if step > 0]:
+                    run |= {"final": float(np.mean(scores[-5:])), "last": scores[-1], "best": max(scores)}
+                    run["episodes"] = run["arguments"]["eval_episodes"] * len(scores[-5:])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            sys.exit(f"error: {path} is neither a table of sweep.py nor a folder with finished runs ({error!r:.100})")
+        runs += found
+    return runs or sys.exit(f"error: {source} holds no finished run")
+
+
+def arrange(runs: list[dict]) -> tuple[dict[Place, dict[str, list[dict]]], list[str]]:
+    """{place: {label: runs by seed}}, and in words what was left out. A label names the arguments that tell rows apart."""
+    families, left_out = defaultdict(list), []
+    for run in runs:
+        task = strip_version(run["env"]) if strip_version(run["env"]) in TASKS else run["env"]
+        name = run["algorithm"] + (" --quick" if run["arguments"].get("quick") else "")
+        if "final" in run:
+            families[Place(task, run["dataset"], run["sha256"]), name].append(run)
+        else:
+            left_out.append(f"{name} on {run['dataset']}, seed {run['seed']}: not evaluated")
+    places = defaultdict(lambda: defaultdict(dict))
+    for (place, name), family in families.items():
+        names = set().union(*(run["arguments"] for run in family)) - SAME
+        values = {key: {json.dumps(run["arguments"].get(key)) for run in family} for key in names}
+        differing = sorted(key for key in names if len(values[key]) > 1)
+        for run in family:
+            label = ", ".join([name, *(f"{key} {run['arguments'].get(key)}" for key in differing)])
+            if run["seed"] in places[place][label]:
+                left_out.append(f"{label} on {place.dataset}, seed {run['seed']}: given twice, the later one counts")
+            places[place][label][run["seed"]] = run
+    order = sorted(places, key=lambda place: (TASKS.index(place.task) if place.task in TASKS else len(TASKS), place))
+    return {p: {label: [runs[s] for s in sorted(runs)] for label, runs in sorted(places[p].items())} for p in order}, left_out
+
+
+def interval(scores, reps: int, statistic: Callable = lambda scores: scores.mean(0)) -> np.ndarray:
+    """[2, ...] ends of the 95 % stratified bootstrap interval of a statistic: seeds are drawn anew within each task.
+
+    scores: [S, T], or a list of such arrays for a statistic of several algorithms.
+    """
+    np.random.seed(0)  # rliable draws from numpy's global generator
+    return library.get_interval_estimates({"": scores}, statistic, reps=reps)[1][""]
+
+
+def summarise(place: Place, label: str, runs: list[dict], reps: int) -> dict:
+    row = place._asdict() | {"algorithm": label, "policy_updates": runs[0]["arguments"]["total_steps"], "seeds": len(runs)}
+    row["episodes"] = sum(run["episodes"] for run in runs)
+    for name in ("final", "last", "best"):
+        scores = np.array([run[name] for run in runs])
+        row |= {f"{name}_mean": scores.mean(), f"{name}_std": scores.std() if len(runs) > 1 else None}
+    final = np.array([[run["final"]] for run in runs])
+    low, high = interval(final, reps)[:, 0] if len(runs) > 1 else (None, None)
+    return row | {"final_low": low, "final_high": high}
+
+
+def plus_minus(row: dict, name: str) -> str:
+    mean, std = row[f"{name}_mean"], row[f"{name}_std"]
+    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
+
+
+def bracket(low: float | None, high: float | None, digits: int = 1) -> str:
+    return "" if low is None else f"[{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def markdown(header: list, lines: list[list]) -> str:
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, ["---"] * len(header), *lines])
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()} for row in rows)
+
+
+def results_table(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        lines.append([row["task"], f"`{row['dataset']}` {row['sha256'][:8]}", row["algorithm"], f"{row['policy_updates']:,}"])
+        lines[-1] += [row["seeds"], row["episodes"], plus_minus(row, "final"), bracket(row["final_low"], row["final_high"])]
+        lines[-1] += [plus_minus(row, "last"), plus_minus(row, "best")]
+    names = ["task", "data, SHA-256", "algorithm", "policy updates", "seeds", "episodes", "mean of last five", "95 % interval"]
+    return markdown([*names, "last", "best"], lines)
+
+
+def published_table(rows: list[dict], folder: Path) -> str:
+    """Rows on D4RL data in bold, and under them what the papers print for the same tasks."""
+    columns = list(dict.fromkeys(row["dataset"].removeprefix("d4rl/") for row in rows))
+    cells = defaultdict(dict)  # {(method, printed by): {column: text}}
+    for row in rows:
+        cells[f"**{row['algorithm']}**", "here"][row["dataset"].removeprefix("d4rl/")] = f"**{plus_minus(row, 'final')}**"
+    with (Path(__file__).resolve().parent / "published.csv").open() as file:
+        for row in csv.DictReader(file):
+            for column in columns:
+                if strip_version(column) == row["task"]:
+                    text = f"{row['score']} ± {row['std']}" if row["std"] else row["score"]
+                    version = "" if column.endswith(f"-{row['version'] or '?'}") else f" ({row['version'] or 'v?'})"
+                    cells[row["method"], row["paper"]][column] = text + version
+    lines = [[*key, *(texts.get(column, "") for column in columns)] for key, texts in cells.items()]
+    header = ["method", "printed by", *columns]
+    write_csv(folder / "beside-published.csv", [dict(zip(header, line)) for line in lines])
+    return markdown(header, lines)
+
+
+def draw_curves(places: dict, colours: dict[str, tuple], path: Path, reps: int) -> None:
+    """A panel per place: means over seeds, their pointwise 95 % intervals and, dotted, the mean score of the data."""
+    width = min(3, len(places))
+    figure, axes = plt.subplots(-(-len(places) // width), width, squeeze=False, layout="constrained")
+    figure.set_size_inches(4 * width, 2.8 * len(axes) + 0.2 * len(colours))
+    for axis in axes.flat[len(places) :]:
+        axis.axis("off")
+    for axis, (place, own) in zip(axes.flat, places.items()):
+        for label, runs in own.items():
+            curves = [dict(run["evaluations"]) for run in runs]
+            steps = sorted(set.intersection(*map(set, curves)))
+            scores = np.array([[curve[step] for step in steps] for curve in curves])
+            axis.plot(steps, scores.mean(0), color=colours[label])
+            if len(runs) > 1:
+                axis.fill_between(steps, *interval(scores, reps), color=colours[label], alpha=0.2, linewidth=0)
+        for behaviour in {run["behaviour"] for runs in own.values() for run in runs if run.get("behaviour")}:
+            axis.axhline(behaviour, color="grey", linestyle=":")
+        axis.set(title=f"{place.task}\n{place.dataset} {place.sha256[:8]}", xlabel="policy updates", ylabel="score")
+    lines = [plt.Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
+    figure.legend(handles=lines, loc="outside lower center", ncols=1 if max(map(len, colours)) > 20 else 2 * width)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def draw_profiles(scores: dict[str, np.ndarray], colours: dict[str, tuple], path: Path, reps: int) -> None:
+    levels = np.linspace(0, max(100, *(x.max() for x in scores.values())), 101)
+    figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
+    profiles, ends = library.create_performance_profile(scores, levels, reps=reps)
+    for label in scores:
+        axis.plot(levels, profiles[label], color=colours[label], label=label)
+        axis.fill_between(levels, *ends[label], color=colours[label], alpha=0.2, linewidth=0)
+    axis.set(xlabel="score", ylabel="share of runs with a higher score")
+    axis.legend()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def aggregates(places: dict, colours: dict[str, tuple], folder: Path, kind: str, reps: int) -> str:
+    """rliable's metrics over the tasks on which at least two algorithms have two seeds, for those that have them on all."""
+    enough = {place: sum(len(runs) > 1 for runs in own.values()) > 1 for place, own in places.items()}
+    shared = {place: own for place, own in places.items() if enough[place] and place.task in TASKS}
+    seeds = {label: min((len(own.get(label, ())) for own in shared.values()), default=0) for label in colours}
+    scores = {}  # [S, T]; the first seeds where some tasks have more
+    for label in (label for label in colours if seeds[label] > 1):
+        scores[label] = np.array([[run["final"] for run in own[label][: seeds[label]]] for own in shared.values()]).T
+    if len(scores) < 2:
+        return "Too few runs: aggregate metrics need two algorithms with two seeds each on the same tasks with normalised scores."
+
+    def statistic(x: np.ndarray) -> np.ndarray:
+        return np.array([x.mean(), metrics.aggregate_iqm(x), metrics.aggregate_optimality_gap(x, gamma=100)])
+
+    def better(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.array([metrics.probability_of_improvement(x, y)])
+
+    names, rows, lines, pairs = ("mean", "interquartile mean", "optimality gap to 100"), [], [], []
+    for label, x in scores.items():
+        values = list(zip(names, statistic(x), *interval(x, reps, statistic)))
+        lines.append([label, f"{len(x)} × {len(shared)}", *(f"{value:.1f} {bracket(*ends)}" for _, value, *ends in values)])
+        rows += [{"metric": name, "algorithm": label, "value": v, "low": low, "high": high} for name, v, low, high in values]
+    for x, y in combinations(scores, 2):
+        pair, name = [scores[x], scores[y]], f"{x} better than {y}"
+        (value,), ((low,), (high,)) = better(*pair), interval(pair, reps // 10, better)  # a tenth: each takes a millisecond
+        pairs.append([name, f"{value:.2f} {bracket(low, high, 2)}"])
+        rows.append({"metric": "probability of improvement", "algorithm": name, "value": value, "low": low, "high": high})
+    write_csv(folder / f"aggregates-{kind}.csv", rows)
+    draw_profiles(scores, colours, folder / f"profiles-{kind}.svg", reps)
+    note = f"Over {', '.join(sorted({place.task for place in shared}))}."
+    if left := [label for label in colours if label not in scores]:
+        note += f" Not here, for want of two seeds on each of these: {'; '.join(left)}."
+    parts = [note, markdown(["algorithm", "seeds × tasks", *names], lines)]
+    parts += [markdown(["pair", "probability that a run of the first scores higher"], pairs)]
+    return "\n\n".join([*parts, f"![performance profiles]({folder.name}/profiles-{kind}.svg)"])
+
+
+def main(args: Args) -> None:
+    if not args.sources or args.reps < 100 or args.out.suffix != ".md":
+        sys.exit("error: needed are tables or run folders, an .md file for --out, and --reps of 100 or more")
+    runs = [run for source in args.sources for run in read(source)]
+    places, left_out = arrange(runs)
+    folder = args.out.parent / args.out.stem.lower()
+    folder.mkdir(parents=True, exist_ok=True)
+    page = ["# Results", INTRODUCTION]
+    if not any(place.dataset.startswith("d4rl/") for place in places):
+        page.append("No run on D4RL's own files so far: nothing here stands beside the papers' tables.")
+    for kind in [*KINDS, *sorted({place.dataset.split("/")[0] for place in places} - KINDS.keys())]:
+        own = {place: by_label for place, by_label in places.items() if place.dataset.split("/")[0] == kind}
+        if not own:
+            continue
+        labels = sorted({label for by_label in own.values() for label in by_label})
+        palette = matplotlib.colormaps["tab10" if len(labels) <= 10 else "tab20"].colors
+        colours = {label: palette[i % len(palette)] for i, label in enumerate(labels)}
+        rows = [summarise(place, label, seeds, args.reps) for place, by_label in own.items() for label, seeds in by_label.items()]
+        write_csv(folder / f"results-{kind}.csv", rows)
+        page += ["## {}\n\n{}".format(*KINDS.get(kind, (kind, "Not comparable with published scores."))), results_table(rows)]
+        if kind == "d4rl":
+            page += ["### Beside published scores", BESIDE, published_table(rows, folder)]
+        draw_curves(own, colours, folder / f"curves-{kind}.svg", args.reps)
+        page += [f"### Learning curves\n\n![learning curves]({folder.name}/curves-{kind}.svg)"]
+        page += ["Means over seeds with 95 % intervals; dotted: the mean score of the data."]
+        page += ["### All tasks together", aggregates(own, colours, folder, kind, args.reps)]
+    page += ["## Left out\n\n" + "\n".join(f"* {line}" for line in left_out)] if left_out else []
+    args.out.write_text("\n\n".join(page) + "\n")
+    print(f"{args.out}: {len(runs)} runs on {len(places)} datasets")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,241 @@
+"""benchmarks/report.py and benchmarks/published.csv: the numbers of the tables, and which rows may stand side by side."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cped
+import dac
+from common import TASKS
+
+for name in ("matplotlib", "pandas", "rliable"):  # in benchmarks/requirements.txt
+    pytest.importorskip(name)
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import report  # noqa: E402
+
+sys.path.remove(str(BENCHMARKS))
+HOPPER = "d4rl/hopper-medium-replay-v2"
+
+
+def write_run(root, scores, algorithm="dac", seed=0, dataset=HOPPER, env="hopper-medium-replay", before=0, **arguments):
+    """A run folder with an evaluation each 10 updates, the first before the first update, after `before` of other stages."""
+    folder = root / env / algorithm / f"seed{seed}-{len(list(root.rglob('result.json')))}"
+    folder.mkdir(parents=True)
+    steps = [10 * i for i in range(len(scores))]
+    arguments = {"env": env, "seed": seed, "total_steps": steps[-1] if steps else 10, "eval_episodes": 4} | arguments
+    result = {"algorithm": algorithm, "env": env, "seed": seed, "dataset": dataset, "sha256": "ab" * 32}
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "args.json").write_text(json.dumps({"args": arguments, "dataset": {"mean_score": 17.5}}))
+    rows = [f"{before + step},,{30 * score},{score}" for step, score in zip(steps, scores)]
+    rows.insert(1, f"{before + 5},0.1,,")
+    (folder / "metrics.csv").write_text("\n".join(["step,train/loss,eval/return,eval/normalized_score", *rows]))
+    return folder
+
+
+def make(root, *sources) -> str:
+    """The page; its tables lie in root / "page"."""
+    report.main(report.Args(sources or (root,), root / "page.md", reps=100))
+    return (root / "page.md").read_text()
+
+
+def table(path) -> list[dict]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_row_of_three_seeds(tmp_path):
+    for seed, end in enumerate((50, 60, 100)):
+        write_run(tmp_path, [0, 900, end, end, end, end - 10, end + 10], seed=seed, before=1000)
+    page = make(tmp_path)
+    (row,) = table(tmp_path / "page" / "results-d4rl.csv")
+    assert (row["seeds"], row["episodes"], row["policy_updates"]) == ("3", "60", "60")
+    assert float(row["final_mean"]) == 70 and float(row["final_std"]) == pytest.approx(21.6025, abs=1e-4)  # population's
+    assert float(row["last_mean"]) == 80 and float(row["best_mean"]) == 900
+    assert 50 <= float(row["final_low"]) < 70 < float(row["final_high"]) <= 100
+    assert "| 70.0 ± 21.6 | [" in page and "| 80.0 ± 21.6 | 900.0 ± 0.0 |" in page
+    assert "Too few runs" in page
+
+
+def test_interval_against_the_closed_form():
+    scores = np.random.default_rng(0).normal(50, 10, (60, 1))
+    low, high = report.interval(scores, reps=4000)[:, 0]
+    half = 1.96 * scores.std() / 60**0.5  # of the bootstrap's normal limit
+    assert (low, high) == (pytest.approx(scores.mean() - half, abs=0.3), pytest.approx(scores.mean() + half, abs=0.3))
+
+
+def test_the_bootstrap_is_stratified():
+    """Seeds are drawn within each task, so that differences between tasks add nothing."""
+    scores = np.array([[0.0, 100.0], [0.0, 100.0], [0.0, 100.0]])
+    assert (report.interval(scores, 200, lambda x: np.array([x.mean()])) == 50).all()
+
+
+SCRIPTS = [  # one stage, and a stage before the policy's
+    (dac, ["--hidden-dim", "16", "--num-critics", "2", "--num-next-actions", "1", "--num-eval-actions", "1"]),
+    (cped, ["--flow-steps", "20", "--flow-hidden-dim", "16"]),
+]
+
+
+@pytest.mark.parametrize(("script", "flags"), SCRIPTS)
+def test_folders_of_the_scripts_are_read(script, flags, dataset, tmp_path):
+    common = ["--env", "hopper-medium", "--data", str(dataset), "--run-dir", str(tmp_path), "--total-steps", "6"]
+    result = script.main([*common, *flags, "--eval-every", "1", "--eval-episodes", "2"])
+    (run,) = report.read(tmp_path)
+    assert [step for step, _ in run["evaluations"]] == [0, 1, 2, 3, 4, 5, 6]
+    assert run["final"] == pytest.approx(result["final_score"]) and run["last"] == result["last_score"]
+    assert (run["dataset"], run["episodes"]) == ("file/small.hdf5", 10)
+
+
+def test_kinds_of_data_are_never_mixed(tmp_path):
+    datasets = ("bundled/hopper-medium-replay", "file/hopper_medium-replay-v2.hdf5", "minari/mujoco/hopper/medium-v0", HOPPER)
+    for dataset in datasets:
+        write_run(tmp_path, [0, 1, 2], dataset=dataset)
+    page = make(tmp_path)
+    assert page.count("mean of last five | 95 %") == 4 and page.count("### Beside published scores") == 1
+    d4rl, others = page.split("## Bundled samples")
+    assert "103.1 ± 0.3" in d4rl and "103.1" not in others
+    for dataset in datasets:
+        (row,) = table(tmp_path / "page" / f"results-{dataset.split('/')[0]}.csv")
+        assert row["dataset"] == dataset
+
+
+def test_without_d4rl_rows_nothing_stands_beside_published_scores(tmp_path):
+    write_run(tmp_path, [0, 1, 2], dataset="bundled/hopper-medium-replay")
+    page = make(tmp_path)
+    assert "No run on D4RL's own files so far" in page and "103.1" not in page
+    assert not (tmp_path / "page" / "beside-published.csv").exists()
+
+
+def test_published_rows_of_the_same_task_stand_below_ours(tmp_path):
+    write_run(tmp_path, [0, 1, 2], dataset="d4rl/antmaze-umaze-v2", env="antmaze-umaze")
+    make(tmp_path)
+    cells = {(row["method"], row["printed by"]): row["antmaze-umaze-v2"] for row in table(tmp_path / "page/beside-published.csv")}
+    assert cells["**dac**", "here"] == "**1.5**"
+    assert cells["DAC", "DAC"] == "99.5 ± 0.9 (v0)" and cells["CPED", "CPED"] == "96.8 ± 2.6"
+    assert cells["IQL", "DAC"] == "87.5 (v0)" and cells["IQL", "CPED"] == "89.6"
+
+
+def test_only_the_seed_may_differ_within_a_row(tmp_path):
+    write_run(tmp_path, [0, 1, 2], seed=0, num_critics=10)
+    write_run(tmp_path, [0, 3, 4], seed=1, num_critics=10)
+    write_run(tmp_path, [0, 5, 6], seed=0, num_critics=2)
+    write_run(tmp_path, [0, 7, 8], seed=0, num_critics=2)  # the same run again
+    write_run(tmp_path, [0, 7, 8], seed=0, quick=True)
+    write_run(tmp_path, [], seed=3)
+    page = make(tmp_path)
+    rows = {row["algorithm"]: row for row in table(tmp_path / "page" / "results-d4rl.csv")}
+    assert {name: row["seeds"] for name, row in rows.items()} == {
+        "dac --quick": "1",
+        "dac, num_critics 10": "2",
+        "dac, num_critics 2": "1",
+    }
+    assert rows["dac, num_critics 2"]["last_mean"] == "8.0" and rows["dac, num_critics 2"]["final_low"] == ""
+    assert "dac, num_critics 2 on d4rl/hopper-medium-replay-v2, seed 0: given twice" in page
+    assert "seed 3: not evaluated" in page
+
+
+def test_aggregates_over_tasks(tmp_path):
+    finals = {}
+    for i, env in enumerate(TASKS[:2]):
+        for algorithm, level in (("dac", 60), ("cped", 40)):
+            for seed in range(3):
+                score = finals[algorithm, i, seed] = level + 10 * i + seed
+                write_run(tmp_path, [0, score, score], algorithm, seed, f"d4rl/{env}-v2", env)
+    write_run(tmp_path, [0, 1, 1], "qdq", 0, f"d4rl/{TASKS[0]}-v2", TASKS[0])
+    page = make(tmp_path)
+    rows = {(row["metric"], row["algorithm"]): row for row in table(tmp_path / "page" / "aggregates-d4rl.csv")}
+    middle = sorted(score for (algorithm, *_), score in finals.items() if algorithm == "dac")[
+        1:-1
+    ]  # 6 scores less 1 on each side
+    assert float(rows["interquartile mean", "dac"]["value"]) == np.mean(middle)
+    assert float(rows["optimality gap to 100", "dac"]["value"]) == 100 - 66
+    assert float(rows["probability of improvement", "cped better than dac"]["value"]) == 0
+    assert "Not here, for want of two seeds on each of these: qdq." in page
+    assert (tmp_path / "page" / "profiles-d4rl.svg").exists()
+
+
+def test_a_results_table_says_the_same_as_the_folders_and_the_page_is_reproducible(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / "runs", [0, 1, 2 + seed], seed=seed, before=100)
+    rows = []
+    for run in report.read(tmp_path / "runs"):
+        texts = {key: json.dumps(run[key]) for key in ("arguments", "evaluations", "seed", "behaviour")}
+        rows.append({key: run[key] for key in ("algorithm", "env", "dataset", "sha256")} | texts)
+    report.write_csv(tmp_path / "sweep.csv", rows)
+    page = make(tmp_path, tmp_path / "runs")
+    curves = (tmp_path / "page" / "curves-d4rl.svg").read_bytes()
+    assert make(tmp_path, tmp_path / "sweep.csv") == page
+    assert (tmp_path / "page" / "curves-d4rl.svg").read_bytes() == curves
+
+
+@pytest.mark.parametrize("content", [None, "", "env,algorithm\nhopper-medium,dac\n", "seed,arguments,evaluations\n0,{,[]\n"])
+def test_a_wrong_source_is_one_sentence(content, tmp_path):
+    path = tmp_path / "table.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match=r"^error: .*table.csv "):
+        make(tmp_path, path)
+
+
+@pytest.mark.parametrize("wrong", [{"sources": ()}, {"out": Path("page")}, {"reps": 10}])
+def test_wrong_arguments_are_one_sentence(wrong, tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: needed are"):
+        report.main(report.Args(**{"sources": (tmp_path,)} | wrong))
+
+
+PUBLISHED = table(BENCHMARKS / "published.csv")
+
+
+def test_published_rows_are_well_formed():
+    keys = [(row["paper"], row["method"], row["task"]) for row in PUBLISHED]
+    assert len(set(keys)) == len(keys) == 264
+    assert {row["task"] for row in PUBLISHED} == set(TASKS)
+    assert all(0 <= float(row["score"]) < 120 and float(row["std"] or 0) >= 0 and row["source"] for row in PUBLISHED)
+    assert all(row["version"] == "v2" for row in PUBLISHED if not row["task"].startswith("antmaze"))
+
+
+@pytest.mark.parametrize(
+    ("paper", "method", "locomotion", "antmaze"),  # the totals that the papers print, or None
+    [
+        ("CPED", "CPED", 791.7, 376.8),
+        ("CPED", "SPOT", 773.0, 359.6),
+        ("CPED", "IQL", 692.4, 392.4),
+        ("CPED", "CQL", 698.5, 218.0),
+        ("CPED", "TD3+BC", 677.4, None),
+        ("CPED", "PLAS", None, 164.6),
+        ("QDQ", "QDQ", 848.0, 400.1),
+        ("QDQ", "MCQ", 797.4, None),
+        ("QDQ slides", "QDQ", 826.1, 378.1),
+        ("DAC", "DAC", 836.4, 459.9),
+        ("DAC", "DQL", 791.2, 417.8),
+        ("DAC", "IDQL-A", 739.2, 474.6),
+    ],
+)
+def test_published_scores_add_up_to_the_printed_totals(paper, method, locomotion, antmaze):
+    rows = [row for row in PUBLISHED if (row["paper"], row["method"]) == (paper, method)]
+    for total, mazes, tasks in ((locomotion, False, 9), (antmaze, True, 6)):
+        scores = [float(row["score"]) for row in rows if row["task"].startswith("antmaze") == mazes]
+        assert len(scores) == (tasks if total else 0)
+        assert sum(scores) == pytest.approx(total or 0, abs=0.07)  # CPED prints one score with two digits
+
+
+KNOWN = {
+    ("CPED", "CPED", "walker2d-medium-expert"): ("113.04", "1.4"),
+    ("QDQ", "QDQ", "hopper-medium"): ("99.0", "0.3"),
+    ("QDQ slides", "QDQ", "hopper-medium"): ("87.0", "4.3"),
+    ("DAC", "DAC", "antmaze-large-diverse"): ("55.3", "10.3"),
+    ("DAC", "IQL", "antmaze-large-play"): ("39.6", ""),
+    ("CPED, QDQ or DAC", "BC", "hopper-medium"): ("52.9", ""),
+    ("CPED, QDQ or DAC", "UWAC", "walker2d-medium-replay"): ("23.6", ""),
+    ("CPED, QDQ or DAC", "SfBC", "antmaze-large-play"): ("59.3", ""),
+}
+
+
+@pytest.mark.parametrize("key", KNOWN)
+def test_known_published_cells(key):
+    (row,) = [row for row in PUBLISHED if (row["paper"], row["method"], row["task"]) == key]
+    assert (row["score"], row["std"]) == KNOWN[key]
