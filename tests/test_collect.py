@@ -10,6 +10,8 @@ import h5py
 import numpy as np
 import pytest
 
+import common
+
 pytest.importorskip("stable_baselines3", reason="needs benchmarks/requirements.txt")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,3 +187,48 @@ def test_bundled_file(name):
 
 def test_bundled_files_fit_the_budget():
     assert sum(path.stat().st_size for path in (ROOT / "benchmarks" / "data").glob("*.hdf5")) <= 16_000_000
+
+
+# --------------------------------------------------------------------------------------------------------------- mazes
+
+
+def test_the_way_through_a_maze_is_a_shortest_one():
+    free = {(1, 1), (1, 2), (1, 3), (2, 3), (3, 3), (3, 2), (3, 1), (2, 1)}  # a ring of eight cells
+    assert collect.way(free, (1, 1), (3, 1)) == [(1, 1), (2, 1), (3, 1)]
+    assert len(collect.way(free, (1, 2), (3, 2))) == 5
+    assert collect.way(free, (2, 3), (2, 3)) == [(2, 3)]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_maze_is_collected_loaded_and_evaluated(tmp_path, monkeypatch):
+    pytest.importorskip("gymnasium_robotics")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    args = collect.Args(env="pointmaze-umaze", rows=2000, minari_id="local/maze-v0")
+    collect.main(args)
+    arrays, info = common.load_dataset("local/maze-v0")
+    assert arrays["obs"].shape == (info["rows"], 8) and info["dropped"] == 0 and info["rows"] >= 2000
+    assert (info["ref_min"], info["ref_max"]) == (0, 1)
+    achieved, goal, position = arrays["obs"][:, :2], arrays["obs"][:, 2:4], arrays["obs"][:, 4:6]
+    np.testing.assert_array_equal(achieved, position)
+    reached = np.linalg.norm(arrays["next_obs"][:, :2] - goal, axis=1) <= 0.45
+    np.testing.assert_array_equal(arrays["rew"], reached)  # sparse, and the goal ends the episode
+    np.testing.assert_array_equal(arrays["not_done"] == 0, reached)
+    starts = arrays["obs"][np.r_[0, np.flatnonzero(arrays["ends"])[:-1] + 1], :2]
+    assert len(np.unique(starts.round(), axis=0)) > 3  # data begin everywhere, evaluation in the farthest cell
+    seen = []
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        seen.append(obs)
+        return np.zeros((len(obs), 2), np.float32)
+
+    result = common.evaluate(act, info, 5, seed=0)
+    assert (result["normalized_score"] == 0).all() and (result["episode_length"] == 150).all()
+    np.testing.assert_allclose(seen[0][:, :2], np.tile([-1, 1], (5, 1)), atol=0.26)  # cell (1, 1) with its noise
+    np.testing.assert_allclose(seen[0][:, 2:4], np.tile([-1, -1], (5, 1)), atol=0.26)  # cell (3, 1)
+    with pytest.raises(SystemExit, match="local/maze-v0 exists"):
+        collect.main(args)
+
+
+def test_a_maze_needs_a_name_for_its_dataset():
+    with pytest.raises(SystemExit, match=r"--env pointmaze-umaze needs --minari-id, e\.g\. local/pointmaze/umaze-v0"):
+        collect.main(collect.Args(env="pointmaze-umaze"))
