@@ -87,3 +87,21 @@ def test_uncertainty_of_a_trained_student(tmp_path, monkeypatch):
     assert set(table["H"]) == {"data", "data + 0.1", "data + 0.3", "data + 1.0", "uniform"}
     assert all(row["mean"] > 0 for row in table["H"].values())
     assert len(list((tmp_path / "kept").glob("uncertainty-*.png"))) == 1
+
+
+def test_throughput_counts_the_products_and_writes_a_row(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import throughput
+
+    layer, x = torch.nn.Linear(5, 7), torch.randn(3, 5)
+    with throughput.Products() as products:
+        layer(x).sum().backward()
+        torch.baddbmm(torch.zeros(2, 3, 4), torch.ones(2, 3, 6), torch.ones(2, 6, 4))
+    assert products.shapes == {(1, 3, 5, 7): 1, (1, 7, 3, 5): 1, (2, 3, 6, 4): 1}  # forward, weight gradient, batch of two
+
+    flags = ["--scripts", "cped", "--modes", "eager", "--device", "cpu", "--windows", "2", "--seconds", "0.01"]
+    run_script(monkeypatch, "throughput.py", *flags, "--no-evaluation", "--out", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "throughput.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["flow", "policy"]
+    assert all(row["updates_per_s"] > 0 and row["gflop_per_update"] > 1 and row["memory_mb"] > 100 for row in rows)
+    assert "| cped | policy | eager |" in (tmp_path / "throughput.md").read_text()
