@@ -99,9 +99,12 @@ def test_throughput_counts_the_products_and_writes_a_row(tmp_path, monkeypatch):
         torch.baddbmm(torch.zeros(2, 3, 4), torch.ones(2, 3, 6), torch.ones(2, 6, 4))
     assert products.shapes == {(1, 3, 5, 7): 1, (1, 7, 3, 5): 1, (2, 3, 6, 4): 1}  # forward, weight gradient, batch of two
 
-    flags = ["--scripts", "cped", "--modes", "eager", "--device", "cpu", "--windows", "2", "--seconds", "0.01"]
-    run_script(monkeypatch, "throughput.py", *flags, "--no-evaluation", "--out", tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "throughput.jsonl").read_text().splitlines()]
-    assert [row["stage"] for row in rows] == ["flow", "policy"]
-    assert all(row["updates_per_s"] > 0 and row["gflop_per_update"] > 1 and row["memory_mb"] > 100 for row in rows)
+    monkeypatch.setitem(throughput.STAGES, "cped", ("policy",))
+    small = {"scripts": ("cped",), "modes": ("eager",), "windows": 2, "seconds": 0.01, "evaluation": False}
+    throughput.main(throughput.Args(device="cpu", out=tmp_path, **small))
+    (row,) = (json.loads(line) for line in (tmp_path / "throughput.jsonl").read_text().splitlines())
+    assert row["stage"] == "policy" and row["updates_per_s"] > 0 and row["memory_mb"] > 100
+    # in every second update, 750 x 750 products: four couplings forward, and back to the action through all but the first
+    couplings = (4 + 3) * 2e-9 * 256 * 750 * 750 / 2
+    assert couplings < row["gflop_per_update"] < 1.6 * couplings
     assert "| cped | policy | eager |" in (tmp_path / "throughput.md").read_text()
