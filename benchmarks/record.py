@@ -40,14 +40,14 @@ def main(args: Args) -> None:
             sys.exit(f"error: {run} holds no result.json: it is no run folder, or its run is not finished")
         result, facts = (json.loads((run / name).read_text()) for name in ("result.json", "args.json"))
         label = args.labels[i] if args.labels else f"{result['algorithm']}-seed{result['seed']}"
-        name = f"{result['env']}-{label}"
+        name = f"{result['env'].replace('/', '-')}-{label}"
         shutil.copy(run / "metrics.csv", args.out / f"{name}.csv")
         kept = ("env", "algorithm", "seed", "dataset", "sha256", "updates", "final_score", "last_score", "best_score")
         behaviour, hours = facts["dataset"]["mean_score"], result["seconds"] / 3600
         row = {k: result[k] for k in kept} | {"behaviour_score": behaviour, "wall_hours": round(hours, 2)}
         table.append(row | ({"label": label} if args.labels else {}))
         with (run / "metrics.csv").open() as file:
-            curves.append((result["env"], name, behaviour, list(csv.DictReader(file))))
+            curves.append((result["env"], label, behaviour, list(csv.DictReader(file))))
     with (args.out / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, table[0])
         writer.writeheader()
@@ -57,12 +57,12 @@ def main(args: Args) -> None:
     figure, axes = plt.subplots(len(tasks), len(args.panels), figsize=(4 * len(args.panels), 3 * len(tasks)), squeeze=False)
     for line, task in zip(axes, tasks):
         for axis, panel in zip(line, args.panels):
-            for own_task, name, behaviour, rows in curves:
+            for own_task, label, behaviour, rows in curves:
                 if own_task != task:
                     continue
                 points = [(int(row["step"]), float(row[panel])) for row in rows if row.get(panel)]
                 if points:
-                    axis.plot(*zip(*points), label=name.removeprefix(f"{task}-"), linewidth=1)
+                    axis.plot(*zip(*points), label=label, linewidth=1)
                 if panel == "eval/normalized_score":
                     axis.axhline(behaviour, color="grey", linestyle=":", linewidth=1)
             axis.set(title=panel, xlabel="updates", ylabel=task if axis is line[0] else None)
