@@ -15,6 +15,7 @@ import re
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,9 @@ import numpy as np
 import pooch
 import requests
 import torch
+import urllib3
 from gymnasium.envs.mujoco import ant_v5
+from tqdm import tqdm
 
 # D4RL's reference returns (random policy, expert policy), the same for every dataset version.
 REFERENCE_RETURNS = {"hopper": (-20.272305, 3234.3), "halfcheetah": (-280.178953, 12135.0)}
@@ -80,6 +83,7 @@ MINARI_HUB = "https://huggingface.co/datasets/farama-minari"
 TIMEOUT = 7.0  # seconds after which a silent server counts as dead: two mirrors stay below 15
 BUNDLED = Path(__file__).resolve().parent / "benchmarks" / "data"
 MAX_STEP = 1.5  # metres that an ant may move in one step of 0.1 s; farther is a new episode that AntMaze-v0 does not mark
+MIN_SPEED, MAX_BYTES = 10_000, 1 << 30  # bytes per second of a download; bytes of a dataset, three times D4RL's largest
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
 
@@ -123,6 +127,8 @@ def load_dataset(env: str, data: str = "auto", need_env: bool = True) -> tuple[d
             raise UserError(f"{path} is D4RL's {official[0]}, not {env}: correct --env or --data", status=2)
     check(raw, facts, path)
     arrays, counts = to_transitions(raw, MAX_STEP if env.startswith("antmaze") else None)
+    if counts["transitions"] < 2:
+        raise UserError(f"{path}: without those that are cut off there are {counts['transitions']} transitions, too few to learn")
     low, high = np.asarray(facts["act_low"]), np.asarray(facts["act_high"])
     arrays["act"] = ((arrays["act"] - (low + high) / 2) / ((high - low) / 2)).astype(np.float32)
     info = {"id": name, "file": str(path), "sha256": digest, "preset": strip_version(env) in TASKS} | facts | counts
@@ -184,13 +190,13 @@ def find_file(task: str, data: str) -> tuple[Path, str]:
         if sha256(target) != D4RL_SHA256[task]:
             raise UserError(f"{target} is not D4RL's {task}: delete it to download that, or use it with --data {target}")
         return target, f"d4rl/{task}"
-    failures, loader = [], pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT, chunk_size=1 << 18)
+    failures = []
     for url in [mirror(path) for mirror in MIRRORS]:
         if not answers(url):
             failures.append(f"{url}: no answer")
             continue
         try:
-            pooch.retrieve(url, f"sha256:{D4RL_SHA256[task]}", target.name, cache, downloader=loader)  # atomic
+            pooch.retrieve(url, f"sha256:{D4RL_SHA256[task]}", target.name, cache, downloader=download)  # atomic
             return target, f"d4rl/{task}"
         except (requests.RequestException, ValueError) as error:  # ValueError: another file than D4RL's
             failures.append(f"{url}: {str(error).splitlines()[0]:.200}")
@@ -204,6 +210,21 @@ def find_file(task: str, data: str) -> tuple[Path, str]:
     ways = [f"  curl -L -o {target} {mirror(path)}" for mirror in MIRRORS]
     ways += ["or train on the small sample with --data bundled"] if bundled.exists() else []
     raise UserError("\n".join([f"{target} does not exist and cannot be downloaded ({'; '.join(failures)}); get it by", *ways]))
+
+
+def download(url: str, part: str, _: object) -> None:
+    """For pooch: fetches url to the file part, and gives up a server that sends next to nothing, or without end."""
+    with requests.get(url, stream=True, timeout=TIMEOUT) as response, open(part, "wb") as file:
+        response.raise_for_status()
+        started, total = time.monotonic(), int(response.headers.get("content-length", 0)) or None
+        with tqdm(total=total, unit="B", unit_scale=True, leave=False) as bar:
+            try:
+                while block := response.raw.read1(1 << 18, decode_content=True):
+                    bar.update(file.write(block))
+                    if bar.n > MAX_BYTES or bar.n < MIN_SPEED * (time.monotonic() - started - TIMEOUT):
+                        raise requests.ConnectionError(f"given up after {bar.n:,} bytes")
+            except urllib3.exceptions.HTTPError as error:
+                raise requests.ConnectionError(error) from None
 
 
 def answers(url: str) -> bool:
@@ -234,13 +255,22 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} does not exist", status=2)
     if path.open("rb").read(512).lstrip().startswith(b"<"):
         raise UserError(f"{path} is a web page, not a dataset: download it again")
-    wanted = (*KEYS, "next_observations")
+    wanted, most = (*KEYS, "next_observations"), max(MAX_BYTES, 20 * path.stat().st_size)
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                return {key: file[key] for key in wanted if key in file}
+                if len(set(file.files)) < len(file.files) or sum(part.file_size for part in file.zip.infolist()) > most:
+                    raise ValueError(f"a name twice, or more than {most:,} bytes")
+                return {key: np.asarray(file[key]) for key in wanted if key in file}
         with h5py.File(path, "r") as file:
-            return {key: file[key][()] for key in wanted if isinstance(file.get(key), h5py.Dataset)}
+            names = [key for key in wanted if file.get(key, getlink=True)]
+            if not all(isinstance(file.get(key, getlink=True), h5py.HardLink) for key in names):
+                raise ValueError("a link in place of an array")
+            parts = {key: file[key] for key in names if isinstance(file[key], h5py.Dataset)}
+            for key, part in parts.items():  # before anything of it is read: another file's content, or more than there is memory
+                if part.external or part.is_virtual or part.shape is None or part.dtype.kind == "O" or part.nbytes > most:
+                    raise ValueError(f"{key} is in another file, not of numbers or of more than {most:,} bytes")
+            return {key: part[()] for key, part in parts.items()}
     except Exception as error:  # a damaged file can fail anywhere in h5py and numpy
         raise UserError(f"{path} is no HDF5 or NPZ file, or a damaged one ({error!r:.200})") from None
 
@@ -260,12 +290,9 @@ def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray],
         raise UserError(f"Minari cannot load {dataset_id} ({error!r:.300})") from None
     metadata, box = dataset.storage.metadata, dataset.action_space
     spec = (dataset._eval_env_spec or dataset.env_spec) if need_env else None  # made by Minari to fit this Gymnasium
-    if spec and spec.id not in gym.registry:
-        with contextlib.suppress(ImportError):  # where it is installed: the mazes, hands and kitchen of Minari's D4RL
-            gym.register_envs(importlib.import_module("gymnasium_robotics"))
-    known = gym.registry.get(spec.id) if spec else None
-    if need_env and (known is None or known.entry_point != spec.entry_point or spec.additional_wrappers):
-        raise UserError(f"{dataset_id}: environment {spec and spec.id} is not registered: install its package, or see --no-eval")
+    if need_env and spec is None:
+        raise UserError(f"{dataset_id} names no environment; see --no-eval")
+    spec = spec and env_spec(spec.to_json())
     if not isinstance(box, gym.spaces.Box) or not box.is_bounded():
         raise UserError(f"{dataset_id}: the action space is {box}, but only bounded boxes will do")
     columns = []  # of each episode; it has T + 1 observations, for the last one is the true next observation
@@ -300,11 +327,15 @@ def check(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
     for key in KEYS[2:]:
         raw[key] = raw[key].squeeze(1) if raw[key].shape == (*rows, 1) else raw[key]
     for key, array in raw.items():
-        if array.shape[:1] != rows or array.ndim != (1 if key in KEYS[2:] else 2) or array.dtype.kind not in "fiub":
+        like = raw["observations"].shape if key == "next_observations" else array.shape
+        wrong = array.shape[:1] != rows or array.ndim != (1 if key in KEYS[2:] else 2) or array.shape != like
+        if wrong or 0 in array.shape[1:] or array.dtype.kind not in "fiub":
             shapes = f"shape {array.shape}, but actions has {raw['actions'].shape}"
             raise UserError(f"{path}: {key} has type {array.dtype} and {shapes}")
-        if not np.isfinite(array).all():
-            raise UserError(f"{path}: {key} has NaN or infinity in row {np.argwhere(~np.isfinite(array))[0][0]}")
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(array.astype(np.float32))  # as networks see it
+        if not finite.all():
+            raise UserError(f"{path}: {key} has NaN or infinity in row {np.argwhere(~finite)[0][0]}")
     low, high = np.asarray(facts["act_low"]), np.asarray(facts["act_high"])
     sizes, env_sizes = [raw[key].shape[1] for key in KEYS[:2]], [facts["obs_dim"], low.size]
     if facts["env"] and sizes != env_sizes:
@@ -365,8 +396,21 @@ evaluation  {place} ({versions}){preset}"""
 
 
 def env_spec(env: str) -> gym.envs.registration.EnvSpec:
-    """`info["env"]` is a Gymnasium id or, from Minari, the JSON of an environment's specification."""
-    return gym.envs.registration.EnvSpec.from_json(env) if env.startswith("{") else gym.spec(env)
+    """`info["env"]` is a Gymnasium id or, from Minari, the JSON of an environment's specification.
+
+    It can come out of somebody's checkpoint, and an entry point is code: only what is registered here is built.
+    """
+    try:
+        spec = gym.envs.registration.EnvSpec.from_json(env) if env.startswith("{") else gym.spec(env)
+    except (gym.error.Error, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"there is no environment {env:.80} ({error})") from None
+    if spec.id not in gym.registry:
+        with contextlib.suppress(ImportError):  # where it is installed: the mazes, hands and kitchen of Minari's D4RL
+            gym.register_envs(importlib.import_module("gymnasium_robotics"))
+    known = gym.registry.get(spec.id)
+    if known is None or known.entry_point != spec.entry_point or spec.additional_wrappers:
+        raise UserError(f"environment {spec.id} is not registered with Gymnasium: install its package, or see --no-eval")
+    return spec
 
 
 class AntMaze(ant_v5.AntEnv):

@@ -31,6 +31,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -388,12 +389,16 @@ def load_checkpoint(path: Path) -> dict:
     """State of a run, from its checkpoint or its folder."""
     path = path / "checkpoint.pt" if path.is_dir() else path
     try:
+        with zipfile.ZipFile(path) as archive:  # torch compares no checksums
+            damaged = archive.testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has many ways to refuse a file that is not one of its own
         what = "does not exist" if isinstance(error, FileNotFoundError) else f"is no checkpoint, or a damaged one ({error!r:.80})"
         raise UserError(f"{path} {what}", status=2) from None
-    if not isinstance(state, dict) or state.get("algorithm") != ALGORITHM:
-        raise UserError(f"{path} was not written by {ALGORITHM}.py", status=2)
+    if damaged or not isinstance(state, dict) or state.get("algorithm") != ALGORITHM:
+        raise UserError(f"{path} {'is damaged' if damaged else f'was not written by {ALGORITHM}.py'}", status=2)
+    if state.get("args", {}).keys() != {field.name for field in dataclasses.fields(Args)} - set(PER_CALL):
+        raise UserError(f"{path} was written by another version of {ALGORITHM}.py, with other arguments", status=2)
     return state | {"path": path}
 
 
@@ -525,7 +530,7 @@ def main(argv: list[str] | None = None) -> dict:
             content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "agent": agent.state_dict()}
             content |= dims | {"rng": torch.get_rng_state(), "seconds": seconds + time.perf_counter() - started}
             content |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-            for name in ("checkpoint.pt", "flow.pt")[: 1 + (step == start)]:
+            for name in ("flow.pt", "checkpoint.pt")[step != start :]:
                 save_checkpoint(folder / name, content)
         if last:
             break

@@ -33,6 +33,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from itertools import pairwise
@@ -357,6 +358,7 @@ class QDQ:
     def __init__(self, obs_dim: int, act_dim: int, args: Args, device: torch.device | str = "cpu"):
         self.args, self.device, self.act_dim = args, torch.device(device), act_dim
         self.steps = {"teacher": 0, "student": 0, "policy": 0}  # updates of each stage
+        self.actor_metrics = {}  # of the actor's newest step, for the updates between two
         networks = [ReturnNetwork(obs_dim + act_dim, args.hidden_dim).to(device) for _ in range(3)]
         self.teacher, self.student, self.student_target = networks  # each drawn apart
         self.actor = Actor(obs_dim, act_dim, args.hidden_dim, args.hidden_layers).to(device)
@@ -387,7 +389,7 @@ class QDQ:
 
     def update(self, stage: str, batch: Iterable[Tensor], draws: Iterable[Tensor]) -> dict[str, Tensor]:
         """One update of a stage from a batch of (cond, x) or of `Batch`; returns its share of `metrics`, 0-d tensors."""
-        args, n, actor_metrics = self.args, self.steps[stage], {}
+        args, n = self.args, self.steps[stage]
         self.steps[stage] += 1
         if stage == "teacher":
             loss = self.teacher_loss(self.teacher, *batch, *draws, args.sigma_data)
@@ -405,10 +407,10 @@ class QDQ:
         gradient_step(self.critic_adam, loss, args.max_grad_norm)
         if n % POLICY_EVERY == 0:
             soft_update(self.critic_target, self.critic, args.tau)
-            loss, actor_metrics = self.actor_loss((self.actor, self.actor_target, self.critic), batch, draws, args)
+            loss, self.actor_metrics = self.actor_loss((self.actor, self.actor_target, self.critic), batch, draws, args)
             self.descend(self.actor_adam, loss, args.actor_lr, n // POLICY_EVERY / args.total_steps)  # ends at half
             soft_update(self.actor_target, self.actor, args.tau)
-        return metrics | critic_metrics | actor_metrics
+        return metrics | critic_metrics | self.actor_metrics
 
     def descend(self, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float, progress: float) -> None:
         """An unclipped step with cosine decay at `progress` of its length; no other network's parameters get a gradient."""
@@ -423,12 +425,14 @@ class QDQ:
         return self.actor(torch.as_tensor(obs, device=self.device))[0].cpu().numpy()
 
     def state_dict(self) -> dict:
-        return {name: getattr(self, name).state_dict() for name in self.parts} | {"steps": self.steps}
+        others = {"steps": self.steps, "actor_metrics": {name: value.detach() for name, value in self.actor_metrics.items()}}
+        return {name: getattr(self, name).state_dict() for name in self.parts} | others
 
     def load_state_dict(self, state: dict) -> None:
         for name in self.parts:
             getattr(self, name).load_state_dict(state[name])
         self.steps = state["steps"]
+        self.actor_metrics = {name: value.to(self.device) for name, value in state["actor_metrics"].items()}
 
 
 # ----------------------------------------------------------- helpers, textually the same in dac.py, qdq.py and cped.py
@@ -464,12 +468,16 @@ def load_checkpoint(path: Path) -> dict:
     """State of a run, from its checkpoint or its folder."""
     path = path / "checkpoint.pt" if path.is_dir() else path
     try:
+        with zipfile.ZipFile(path) as archive:  # torch compares no checksums
+            damaged = archive.testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has many ways to refuse a file that is not one of its own
         what = "does not exist" if isinstance(error, FileNotFoundError) else f"is no checkpoint, or a damaged one ({error!r:.80})"
         raise UserError(f"{path} {what}", status=2) from None
-    if not isinstance(state, dict) or state.get("algorithm") != ALGORITHM:
-        raise UserError(f"{path} was not written by {ALGORITHM}.py", status=2)
+    if damaged or not isinstance(state, dict) or state.get("algorithm") != ALGORITHM:
+        raise UserError(f"{path} {'is damaged' if damaged else f'was not written by {ALGORITHM}.py'}", status=2)
+    if state.get("args", {}).keys() != {field.name for field in dataclasses.fields(Args)} - set(PER_CALL):
+        raise UserError(f"{path} was written by another version of {ALGORITHM}.py, with other arguments", status=2)
     return state | {"path": path}
 
 
@@ -613,7 +621,7 @@ def main(argv: list[str] | None = None) -> dict:
             if last:
                 break
             index = torch.randint(len(source[0]), (args.batch_size,), device=device)
-            metrics |= agent.update(stage, [column[index] for column in source], agent.draw(stage, args.batch_size))
+            metrics = agent.update(stage, [column[index] for column in source], agent.draw(stage, args.batch_size))
             bar.update()
         bar.close()
         if done < total:
