@@ -29,7 +29,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 import zipfile
 from copy import deepcopy
@@ -389,16 +388,15 @@ def load_checkpoint(path: Path) -> dict:
     """State of a run, from its checkpoint or its folder."""
     path = path / "checkpoint.pt" if path.is_dir() else path
     try:
-        with zipfile.ZipFile(path) as archive:  # torch compares no checksums
-            damaged = archive.testzip()
+        if zipfile.ZipFile(path).testzip():  # torch compares no checksums
+            raise ValueError("a checksum does not fit")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has many ways to refuse a file that is not one of its own
         what = "does not exist" if isinstance(error, FileNotFoundError) else f"is no checkpoint, or a damaged one ({error!r:.80})"
         raise UserError(f"{path} {what}", status=2) from None
-    if damaged or not isinstance(state, dict) or state.get("algorithm") != ALGORITHM:
-        raise UserError(f"{path} {'is damaged' if damaged else f'was not written by {ALGORITHM}.py'}", status=2)
-    if state.get("args", {}).keys() != {field.name for field in dataclasses.fields(Args)} - set(PER_CALL):
-        raise UserError(f"{path} was written by another version of {ALGORITHM}.py, with other arguments", status=2)
+    names = {field.name for field in dataclasses.fields(Args)} - set(PER_CALL)
+    if not isinstance(state, dict) or state.get("algorithm") != ALGORITHM or state.get("args", {}).keys() != names:
+        raise UserError(f"{path} was not written by this version of {ALGORITHM}.py", status=2)
     return state | {"path": path}
 
 
@@ -457,8 +455,7 @@ def main(argv: list[str] | None = None) -> dict:
     print("arguments   " + " ".join(f"{name}={value}" for name, value in dataclasses.asdict(args).items()))
     if state and state["info"]["sha256"] != info["sha256"]:
         raise UserError(f"{state['path']} was trained on {state['info']['id']}, not on {info['file']}", status=2)
-    if args.quick:
-        print("quick       a small protocol of our own; its scores are not comparable with published ones")
+    print("quick       a small protocol of our own, not comparable with published scores\n" if args.quick else "", end="")
     arrays |= {"rew": arrays["rew"] - (args.reward_transform == "minus_one"), "nll": np.zeros_like(arrays["rew"])}
     order, split = shuffled_rows(len(arrays["rew"]))
     data = Batch(*(torch.as_tensor(arrays[name][order], device=device) for name in Batch._fields))
@@ -494,21 +491,21 @@ def main(argv: list[str] | None = None) -> dict:
     table.writeheader()
     table.writerows(rows)  # those of a resumed run end at its checkpoint
     board = SummaryWriter(str(folder), purge_step=agent.step + 1)
-    stop = threading.Event()  # set by the first signal: the run ends after a whole update; a second one kills it
+    stop: list[int] = []  # of signals: the run ends after a whole update; a second signal kills it
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (stop.set(), signal.signal(number, signal.SIG_DFL)))
+        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 
     # training
     start, end, measured, bar = args.flow_steps, args.flow_steps + args.total_steps, False, None
     started = window = time.perf_counter()
     metrics = None if state else {}  # None: a resumed run has done what was due at its step
     while True:
-        step, row, last = agent.step, {}, agent.step == end or stop.is_set()
+        step, row, last = agent.step, {}, agent.step == end or bool(stop)
         if bar is None or step == start:  # each stage has its own
             bar = bar and bar.close()
             name, length, begun = ("flow", start, step) if step < start else ("policy", args.total_steps, step - start)
             bar = tqdm(desc=name, total=length, initial=begun, unit=" updates", mininterval=0.5)
-        if metrics and step % args.log_every == 0:
+        if metrics and (step % args.log_every == 0 or step % args.checkpoint_every == 0 or step == start or last):
             values = torch.stack(list(metrics.values())).tolist()  # the only wait for the device
             row = {f"train/{name}": value for name, value in zip(metrics, values)}
             if step <= agent.flow_until:
@@ -516,7 +513,8 @@ def main(argv: list[str] | None = None) -> dict:
                     row[f"log_density/{name}"] = float(agent.flow.log_density(data.obs[i], data.act[i]).mean())
             if broken := [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]:
                 raise UserError(f"{', '.join(broken)} at update {step}; the last good checkpoint is in {folder}")
-            row["time/updates_per_s"] = args.log_every / (time.perf_counter() - window)
+            speed = {"time/updates_per_s": args.log_every / (time.perf_counter() - window)}
+            row = row | speed if step % args.log_every == 0 else {}  # checkpoints are only checked
         if metrics is not None and args.eval and step >= start and ((step - start) % args.eval_every == 0 or step == end):
             row |= score(args.eval_episodes)
             bar.set_postfix_str(f"return {row['eval/return']:.1f}, score {row.get('eval/normalized_score', math.nan):.1f}")

@@ -29,7 +29,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -389,16 +388,15 @@ def load_checkpoint(path: Path) -> dict:
     """State of a run, from its checkpoint or its folder."""
     path = path / "checkpoint.pt" if path.is_dir() else path
     try:
-        with zipfile.ZipFile(path) as archive:  # torch compares no checksums
-            damaged = archive.testzip()
+        if zipfile.ZipFile(path).testzip():  # torch compares no checksums
+            raise ValueError("a checksum does not fit")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has many ways to refuse a file that is not one of its own
         what = "does not exist" if isinstance(error, FileNotFoundError) else f"is no checkpoint, or a damaged one ({error!r:.80})"
         raise UserError(f"{path} {what}", status=2) from None
-    if damaged or not isinstance(state, dict) or state.get("algorithm") != ALGORITHM:
-        raise UserError(f"{path} {'is damaged' if damaged else f'was not written by {ALGORITHM}.py'}", status=2)
-    if state.get("args", {}).keys() != {field.name for field in dataclasses.fields(Args)} - set(PER_CALL):
-        raise UserError(f"{path} was written by another version of {ALGORITHM}.py, with other arguments", status=2)
+    names = {field.name for field in dataclasses.fields(Args)} - set(PER_CALL)
+    if not isinstance(state, dict) or state.get("algorithm") != ALGORITHM or state.get("args", {}).keys() != names:
+        raise UserError(f"{path} was not written by this version of {ALGORITHM}.py", status=2)
     return state | {"path": path}
 
 
@@ -464,9 +462,7 @@ def main(argv: list[str] | None = None) -> dict:
     print("arguments   " + " ".join(f"{name}={value}" for name, value in dataclasses.asdict(args).items()))
     print("quick       a small protocol of our own, not comparable with published scores\n" if args.quick else "", end="")
     if state and state["info"]["sha256"] != info["sha256"]:
-        raise UserError(
-            f"{state['path']} was trained on {state['info']['id']}, not on {info['id']}: name it with --data", status=2
-        )
+        raise UserError(f"{state['path']} was trained on {state['info']['id']}, not on {info['file']}", status=2)
     arrays["rew"] = transform_rewards(arrays["rew"], arrays["ends"], args.reward_transform)
     arrays["act"] = arrays["act"].clip(-1 + 1e-5, 1 - 1e-5)
     data = Batch(*(torch.as_tensor(arrays[name], device=device) for name in Batch._fields))
@@ -492,9 +488,9 @@ def main(argv: list[str] | None = None) -> dict:
     table.writeheader()
     table.writerows(rows)  # those of a resumed run end at its checkpoint
     board = SummaryWriter(str(folder), purge_step=agent.step + 1)
-    stop = threading.Event()  # set by the first signal: the run ends after a whole update; a second one kills it
+    stop: list[int] = []  # of signals: the run ends after a whole update; a second signal kills it
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (stop.set(), signal.signal(number, signal.SIG_DFL)))
+        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 
     # training
     batches = shuffled_batches(len(data.obs), args.batch_size, args.seed, agent.step, device)
@@ -502,7 +498,7 @@ def main(argv: list[str] | None = None) -> dict:
     started, window = time.perf_counter(), (agent.step, time.perf_counter())
     metrics = None if state else {}  # None: a resumed run has done what was due at its step
     while True:
-        step, row, last = agent.step, {}, agent.step == args.total_steps or stop.is_set()
+        step, row, last = agent.step, {}, agent.step == args.total_steps or bool(stop)
         if metrics and (step % args.log_every == 0 or step % args.checkpoint_every == 0 or last):
             values = torch.stack([metrics[name] for name in DAC.metrics]).tolist()  # the only wait for the device
             if broken := [f"{name} is {value}" for name, value in zip(DAC.metrics, values) if not math.isfinite(value)]:
@@ -522,8 +518,8 @@ def main(argv: list[str] | None = None) -> dict:
         if metrics is not None and (step % args.checkpoint_every == 0 or last):
             content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "agent": agent.state_dict()}
             content |= {"obs_dim": data.obs.shape[1], "act_dim": data.act.shape[1], "rng": torch.get_rng_state()}
-            content |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
             content |= {"seconds": seconds + time.perf_counter() - started}
+            content |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
             save_checkpoint(folder / "checkpoint.pt", content)
         if last:
             break
