@@ -618,6 +618,7 @@ def test_schedule_at_its_borders(task):
         assert multiplier(args, 300_001) == 0.25
     if task != "hopper-medium":
         assert args.flow_steps + args.total_steps == 1_000_000 and args.reward_transform == "minus_one" and args.actor_lr == 3e-4
+        assert args.eval_episodes == 100
 
 
 def test_presets():

@@ -429,6 +429,7 @@ def test_presets_are_the_published_ones():
             assert (args.eta, args.eta_lr, args.next_action_reduce) == (0.1, 0.0, "max")
             assert args.rho == (1.1 if task == "antmaze-large-play" else 1.0)
             assert args.critic_lr == (1e-3 if "large" in task else 3e-4)
+            assert (args.eval_every, args.eval_episodes) == (100_000, 100)
         else:
             assert (args.eta, args.eta_lr, args.next_action_reduce, args.critic_lr) == (1.0, 1e-3, "mean", 3e-4)
             assert args.rho == expected[task.split("-")[0]]

@@ -198,7 +198,11 @@ def test_resume_refuses_what_would_make_another_run(flags, tmp_path, dataset):
     state = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
     torch.save(state | {"algorithm": "qdq"}, tmp_path / "qdq.pt")
     (tmp_path / "text.pt").write_text("no checkpoint")
-    for name, message in (("qdq.pt", "not written by this version of dac.py"), ("text.pt", "no checkpoint"), ("absent.pt", "does not exist")):
+    for name, message in (
+        ("qdq.pt", "not written by this version of dac.py"),
+        ("text.pt", "no checkpoint"),
+        ("absent.pt", "does not exist"),
+    ):
         with pytest.raises(dac.UserError, match=message):
             dac.main(["--resume", str(tmp_path / name)])
 

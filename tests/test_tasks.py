@@ -54,6 +54,18 @@ def test_every_task_is_trained_and_scored(script, task, tmp_path, short_episodes
         assert result["last_score"] == 0 and float(row["eval/episode_length"]) == 20
 
 
+@pytest.mark.parametrize(("task", "skipped", "clipped"), [("hopper", 1, 10), ("halfcheetah", 1, np.inf), ("walker2d", 1, 10)])
+def test_locomotion_observations_are_the_state_of_the_simulator(task, skipped, clipped):
+    """All positions but x, then all velocities, clipped to 10 for hopper and walker2d."""
+    with common.make_env(common.task_facts(f"{task}-medium", need_env=True)) as env:
+        obs, _ = env.reset(seed=0)
+        env.action_space.seed(0)
+        for _ in range(10):
+            data = env.unwrapped.data
+            np.testing.assert_array_equal(obs, np.r_[data.qpos[skipped:], data.qvel.clip(-clipped, clipped)])
+            obs, *_ = env.step(env.action_space.sample())
+
+
 class Corridor(gym.Env):
     """A point on a line that is pushed to a goal, with a dictionary as observation, like Minari's mazes."""
 
@@ -145,3 +157,28 @@ def test_a_dataset_with_discrete_actions_is_refused(tmp_path, monkeypatch):
     collect_minari("tests/pole-v0", gym.make("CartPole-v1", max_episode_steps=5))
     with pytest.raises(common.UserError, match=r"action space is Discrete\(2\), but only bounded boxes"):
         common.load_dataset("tests/pole-v0")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("script", SMALL)
+def test_minaris_antmaze(script, tmp_path, monkeypatch):
+    """As D4RL/antmaze/*-v1: Gymnasium-Robotics' ant, 27 observations between goals, and a task that goes on after success.
+
+    Dense rewards in place of sparse ones, for nobody reaches the goal in 15 steps.
+    """
+    robotics = pytest.importorskip("gymnasium_robotics")
+    gym.register_envs(robotics)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    (tmp_path / "minari").mkdir()
+    collect_minari(
+        "tests/antmaze-v1", gym.make("AntMaze_UMazeDense-v4", max_episode_steps=15), ref_min_score=0.0, ref_max_score=1.0
+    )
+    result, row = train(script, "tests/antmaze-v1", tmp_path / "runs")
+    assert result["dataset"] == "minari/tests/antmaze-v1" and float(row["eval/episode_length"]) == 15
+    arrays, info = common.load_dataset("tests/antmaze-v1")
+    with common.make_env(info) as env:
+        obs, _ = env.reset(seed=0)
+        data = env.unwrapped.ant_env.data
+        goal = env.unwrapped.goal
+        np.testing.assert_allclose(obs, np.r_[data.qpos[:2], goal, data.qpos[2:], data.qvel], rtol=1e-6)
+    assert arrays["obs"].shape[1] == len(obs) == 31
