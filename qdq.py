@@ -52,8 +52,9 @@ from common import TASKS, UserError, describe, evaluate, load_dataset, record_vi
 ALGORITHM = "qdq"
 PER_CALL = ("resume", "eval_only", "episodes", "video", "run_dir")  # arguments that a run does not keep
 MAY_CHANGE = ("data", "device", "compile", "run_dir")  # arguments that may differ when a run is resumed
-PRETRAINING = ("sha256", "obs_dim", "act_dim", "batch_size", "reward_transform", "discount", "teacher_steps", "teacher_lr", "tau")
-PRETRAINING += ("student_steps", "student_lr", "hidden_dim", "sigma_data", "t_min", "t_max", "karras_rho", "grid_points")
+TEACHER_ARGS = ("sha256", "obs_dim", "act_dim", "batch_size", "reward_transform", "discount", "hidden_dim", "sigma_data")
+TEACHER_ARGS += ("teacher_steps", "teacher_lr")  # in which a reused teacher must agree; a student also in these
+STUDENT_ARGS = ("student_steps", "student_lr", "student_tau", "t_min", "t_max", "karras_rho", "grid_points")
 EVAL_COLUMNS = ("eval/return", "eval/normalized_score", "eval/episode_length")
 FREQUENCY_STD, LOG_T_MEAN, LOG_T_STD = 16, -1.2, 1.2  # of the time feature; of ln t in the teacher's training
 WINDOW, STRIDE = 200, 10  # rewards in a truncated return, W, and transitions between two of a trajectory, k
@@ -101,7 +102,8 @@ class Args:
     critic_lr: float = 3e-4  # Adam step size of the critics
     max_grad_norm: float = 10.0  # largest global gradient norm of both critics together; nothing else is clipped
     discount: float = 0.99  # in windows and critics
-    tau: float = 0.005  # rate of the target networks
+    student_tau: float = 0.005  # rate of the student's target; fewer updates than published want more
+    tau: float = 0.005  # rate of the targets of actor and critics
     hidden_dim: int = 256  # width of all hidden layers, a multiple of the 32 groups
     hidden_layers: int = 3  # hidden layers of actor and critics
     critic_layer_norm: bool = False  # LayerNorm before each activation of the critics
@@ -398,7 +400,7 @@ class QDQ:
             loss = self.student_loss((self.student, self.student_target, self.teacher), *batch, *draws, self.grid, args)
             self.descend(self.student_radam, loss, args.student_lr, n / args.student_steps)
             if n % STUDENT_TARGET_EVERY == 0:
-                soft_update(self.student_target, self.student, args.tau)
+                soft_update(self.student_target, self.student, args.student_tau)
             return {"student_loss": loss}
         batch = Batch(*batch)
         target, metrics = self.td_target((self.actor_target, self.critic_target, self.student), batch, draws, args)
@@ -563,9 +565,12 @@ def main(argv: list[str] | None = None) -> dict:
         if args.consistency:
             old = load_checkpoint(Path(args.consistency))
             was, now = old["args"] | old["info"] | old, dataclasses.asdict(args) | info | dims
-            if differ := [f"{name} {was[name]}, not {now[name]}" for name in PRETRAINING if was[name] != now[name]]:
+            stages, names = ("teacher", "student"), TEACHER_ARGS + STUDENT_ARGS
+            if args.stage == "student":
+                stages, names = ("teacher",), TEACHER_ARGS
+            if differ := [f"{name} {was[name]}, not {now[name]}" for name in names if was[name] != now[name]]:
                 raise UserError(f"--consistency {args.consistency}: it was made with {', '.join(differ)}", status=2)
-            for stage in ("teacher",) if args.stage == "student" else ("teacher", "student"):
+            for stage in stages:
                 agent.steps[stage] = old["agent"]["steps"][stage]
                 getattr(agent, stage).load_state_dict(old["agent"][stage])
                 if agent.steps[stage] < was[f"{stage}_steps"]:

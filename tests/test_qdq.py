@@ -630,7 +630,7 @@ class MixtureTeacher(torch.nn.Module):
 def test_the_student_learns_a_known_mixture(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(qdq, "STUDENT_TARGET_EVERY", 1)
-    agent = qdq.QDQ(1, 1, qdq.Args(grid_points=16, t_max=20.0, student_steps=600, student_lr=1e-3, tau=0.5))
+    agent = qdq.QDQ(1, 1, qdq.Args(grid_points=16, t_max=20.0, student_steps=600, student_lr=1e-3, student_tau=0.5))
     agent.teacher = MixtureTeacher()
     for _ in range(600):
         cond, side = torch.rand(128, 2) * 2 - 1, torch.randint(0, 2, (128, 1))
