@@ -901,7 +901,7 @@ def test_single_stages_one_after_the_other(flags, tmp_path):
     student = run(flags, tmp_path, "student", "--stage", "student", "--consistency", str(teacher))
     policy = run(flags, tmp_path, "policy", "--stage", "policy", "--consistency", str(student / "checkpoint.pt"))
     other = run(flags, tmp_path, "other", "--stage", "student", "--student-tau", "0.5", "--consistency", str(teacher))
-    with pytest.raises(common.UserError, match=r"it was made with student_tau 0.5, not 0.005"):  # a teacher has none, a student has
+    with pytest.raises(common.UserError, match=r"it was made with student_tau 0.5, not 0.005"):
         run(flags, tmp_path, "refused", "--stage", "policy", "--consistency", str(other))
     states = [torch.load(folder / "checkpoint.pt", weights_only=True)["agent"] for folder in (teacher, student, policy)]
     assert [list(state["steps"].values()) for state in states] == [[12, 0, 0], [12, 12, 0], [12, 12, 12]]
