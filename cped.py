@@ -82,7 +82,7 @@ class Args:
     actor_lr: float = 1e-4  # Adam step size of the actor
     critic_lr: float = 3e-4  # Adam step size of the critics
     flow_lr: float = 1e-4  # Adam step size of the flow
-    flow_lr_end: float = 1e-4  # its value at the end of the flow stage, by a cosine; ours, for short stages
+    flow_lr_end: float | None = None  # its value at the end of the flow stage, by a cosine from flow_lr; ours, for short stages
     disc_lr: float = 1e-4  # Adam step size of the discriminator
     tau: float = 0.005  # rate of the target networks
     policy_every: int = 2  # updates between steps of the actor and of all targets
@@ -207,9 +207,8 @@ class Flow(nn.Module):
 
 
 def shuffled_rows(count: int) -> tuple[np.ndarray, int]:
-    return np.random.default_rng(0).permutation(
-        count
-    ), count * 19 // 20  # how many of them flows learn from; the rest is held out
+    """An order of all rows, the same in all runs, and how many of its first ones flows learn from: 5 % are held out."""
+    return np.random.default_rng(0).permutation(count), count * 19 // 20
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
@@ -313,8 +312,9 @@ class CPED:
             loss, disc = disc_loss(self.disc, batch, fake.detach(), draws.mix, args)  # eager: differentiated twice
             gradient_step(self.disc_adam, loss, math.inf)  # inf: not clipped
             if flow_due:
-                share_left = (1 + math.cos(math.pi * min(self.step / args.flow_steps, 1))) / 2
-                self.flow_adam.param_groups[0]["lr"] = args.flow_lr_end + share_left * (args.flow_lr - args.flow_lr_end)
+                if args.flow_lr_end is not None:
+                    share_left = (1 + math.cos(math.pi * min(self.step / args.flow_steps, 1))) / 2
+                    self.flow_adam.param_groups[0]["lr"] = args.flow_lr_end + share_left * (args.flow_lr - args.flow_lr_end)
                 loss, flow = self.flow_loss(self.flow, self.disc, batch, fake, args)
                 gradient_step(self.flow_adam, loss, math.inf)
                 self.flow.requires_grad_(False)

@@ -39,6 +39,7 @@ import dac
 import qdq
 from common import evaluate, task_facts
 
+AGENTS = {"dac": (dac, dac.DAC), "qdq": (qdq, qdq.QDQ), "cped": (cped, cped.CPED)}
 STAGES = {"dac": ("policy",), "qdq": ("teacher", "student", "policy"), "cped": ("flow", "policy")}
 ROWS = 100_000  # of the random dataset
 
@@ -74,14 +75,14 @@ class Products(TorchDispatchMode):
 
 def make_step(script: str, stage: str, compiled: bool, args: Args, device: torch.device) -> Callable[[], None]:
     """One update of a stage, with the draws of its batch and noise, in the state in which all of its parts are at work."""
-    module = {"dac": dac, "qdq": qdq, "cped": cped}[script]
+    module, agent_type = AGENTS[script]
     settings = module.Args(**(module.PRESETS.get(args.task, {}) | {"compile": compiled}))
     obs, next_obs = torch.randn(2, ROWS, args.obs_dim, device=device)
     act, rew, ones = torch.rand(ROWS, args.act_dim, device=device) * 2 - 1, torch.rand(ROWS, device=device), torch.ones(ROWS)
     columns = {"obs": obs, "act": act, "rew": rew, "next_obs": next_obs, "not_done": ones.to(device), "nll": rew}
     data = module.Batch(*(columns[name] for name in module.Batch._fields))
     windows = (torch.cat([obs, act], 1), rew[:, None])
-    agent = {"dac": dac.DAC, "qdq": qdq.QDQ, "cped": cped.CPED}[script](args.obs_dim, args.act_dim, settings, device)
+    agent = agent_type(args.obs_dim, args.act_dim, settings, device)
     if script == "cped" and stage == "policy":
         agent.step = settings.flow_steps + settings.actor_q_start
 
@@ -148,8 +149,8 @@ def measure(script: str, stage: str, mode: str, args: Args) -> dict:
 
 def time_evaluation(script: str, args: Args) -> float:
     """Seconds of ten episodes of HalfCheetah, which are 1,000 steps long whatever the policy does."""
-    module, info = {"dac": dac, "qdq": qdq, "cped": cped}[script], task_facts("halfcheetah-medium", need_env=True)
-    agent = {"dac": dac.DAC, "qdq": qdq.QDQ, "cped": cped.CPED}[script](17, 6, module.Args())
+    (module, agent_type), info = AGENTS[script], task_facts("halfcheetah-medium", need_env=True)
+    agent = agent_type(17, 6, module.Args())
     started = time.perf_counter()
     evaluate(agent.act, info, 10, seed=0)
     return time.perf_counter() - started
