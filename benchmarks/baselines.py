@@ -95,11 +95,11 @@ def main(argv: list[str] | None = None) -> dict:
             i = rng.integers(len(obs), size=size)
             ones = np.ones((size, 1), np.float32)  # steps from obs to next_obs; the next action is used by none of the three
             batch = TransitionMiniBatch(obs[i], act[i], rew[i, None], next_obs[i], act[i], terminal[i, None], ones, [])
-            metrics |= algo.update(batch)  # in every second update of TD3+BC its actor's values are those before
+            metrics |= algo.update(batch)  # TD3+BC's actor learns in every second update; in the others its values stay
             if step % args.log_every == 0:
                 row = {f"train/{name}": metrics[name] for name in METRICS[args.algorithm]}
-                if not all(map(math.isfinite, row.values())):
-                    raise UserError(f"{row} at update {step}")
+                if broken := [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]:
+                    raise UserError(f"{', '.join(broken)} at update {step}")
                 row["time/updates_per_s"] = args.log_every / (time.perf_counter() - window)
         if step % args.eval_every == 0 or step == args.total_steps:
             result = evaluate(algo.predict, info, args.eval_episodes, seed=1_000_000 + step)  # the same episodes in all runs

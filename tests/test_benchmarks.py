@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_raw, write_hdf5
@@ -13,6 +14,7 @@ from conftest import make_raw, write_hdf5
 import cped
 import dac
 import qdq
+from common import load_dataset
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -54,6 +56,28 @@ def test_cloning_improves_and_is_recorded(script, width, metric, sign, dataset, 
 def test_cloning_wants_the_name_of_a_script(monkeypatch):
     with pytest.raises(SystemExit, match="error: name the script"):
         run_script(monkeypatch, "cloning.py", "--env", "hopper-medium")
+
+
+@pytest.mark.parametrize("algorithm", ["bc", "td3_bc", "iql"])
+def test_baselines_learn_from_the_loaders_transitions_and_are_recorded(algorithm, dataset, tmp_path, monkeypatch):
+    base = pytest.importorskip("d3rlpy", reason="needs d3rlpy").algos.QLearningAlgoBase
+    update, seen = base.update, []
+    monkeypatch.setattr(base, "update", lambda algo, batch: seen.append(batch) or update(algo, batch))
+    flags = ["--env", "hopper-medium", "--data", dataset, "--run-dir", tmp_path, "--total-steps", "6", "--log-every", "2"]
+    run_script(monkeypatch, "baselines.py", algorithm, *flags, "--eval-every", "3", "--eval-episodes", "1")
+    (folder,) = tmp_path.glob(f"hopper-medium/{algorithm}/seed0-*")
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [row["step"] for row in rows if row["eval/normalized_score"]] == ["0", "3", "6"]
+    result = json.loads((folder / "result.json").read_text())
+    assert result["last_score"] == float(rows[-1]["eval/normalized_score"]) and result["updates"] == 6
+    arrays, _ = load_dataset("hopper-medium", str(dataset))
+    rew = dac.transform_rewards(arrays["rew"], arrays["ends"], "return_range" if algorithm == "iql" else "none")
+    columns = (arrays["obs"], arrays["act"], rew[:, None], arrays["next_obs"], 1 - arrays["not_done"][:, None])
+    known = {row.tobytes() for row in np.concatenate(columns, 1)}
+    assert len(known) == 593  # 600 rows without those that six timeouts cut, and the last
+    for batch in seen:
+        fed = (batch.observations, batch.actions, batch.rewards, batch.next_observations, batch.terminals)
+        assert {row.tobytes() for row in np.concatenate(fed, 1)} < known
 
 
 def test_likelihoods_of_a_trained_flow(dataset, tmp_path, monkeypatch):
