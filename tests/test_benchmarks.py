@@ -100,6 +100,12 @@ def test_pictures_of_densities(tmp_path, monkeypatch):
     assert (tmp_path / "toys.png").stat().st_size > 10_000
 
 
+def test_pictures_of_bandits(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    run_script(monkeypatch, "toy.py", "--out", tmp_path / "toy.png", "--scale", "0.005", "--toys", "rings")
+    assert (tmp_path / "toy.png").stat().st_size > 10_000
+
+
 def test_uncertainty_of_a_trained_student(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     dataset = write_hdf5(tmp_path / "long.hdf5", make_raw(2000, episode=500))  # has windows between windows
