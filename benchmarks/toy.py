@@ -1,6 +1,6 @@
 """The three algorithms on bandits in the plane: what their generative models learn, and where their policies go.
 
-    python benchmarks/toy.py                          # into benchmarks/results/toy/toy.png, in two minutes on one core
+    python benchmarks/toy.py                          # into benchmarks/results/toy/toy.png
     python benchmarks/toy.py --scale 0.1 --out try.png
 
 One state without features, actions in [-1, 1]^2, one step per episode. A row per density of the data's actions, each with a
@@ -100,8 +100,8 @@ def train_cped(data: Bandit, scale: float) -> tuple[cped.CPED, np.ndarray]:
 
 def train_qdq(data: Bandit, scale: float) -> tuple[qdq.QDQ, np.ndarray]:
     """Distribution of returns, which here are the rewards, and policy; the policy's mean actions on the way."""
-    settings = {"teacher_steps": int(300 * scale), "student_steps": int(700 * scale), "total_steps": int(400 * scale)}
-    settings |= {"teacher_lr": 3e-3, "student_lr": 2e-3, "student_tau": 0.3, "grid_points": 20, "num_samples": 2}
+    settings = {"teacher_steps": int(800 * scale), "student_steps": int(1500 * scale), "total_steps": int(400 * scale)}
+    settings |= {"teacher_lr": 3e-3, "student_lr": 2e-3, "student_tau": 1.0, "grid_points": 12, "num_samples": 2}
     settings |= {"hidden_dim": 64, "hidden_layers": 2, "actor_lr": 5e-3, "critic_lr": 5e-3, "gamma_ent": 0.05}
     agent, path = qdq.QDQ(0, 2, qdq.Args(**settings)), []
     low, high = data.rew.min(), data.rew.max()
