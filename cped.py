@@ -19,7 +19,7 @@ Where paper and released code differ:
  6. As the code: target actions leave the box (--clip-target-action); Q is not normalised, its minimum guides the actor; first
     the actor only clones, and critics start late. Flow and actor move in the last of 5 and 2 updates (there in the first).
  7. A value that is not finite ends the run (there the update is skipped); --seed counts; no transition crosses a timeout.
- 8. Ours: RealNVP starts near the identity (else it overflows on raw data); 5 % held out; --flow-lr-end; one evaluated action.
+ 8. Ours: RealNVP's start near the identity and bound on l (it overflows); 5 % held out; --flow-lr-end; one evaluated action.
 """
 
 import csv
@@ -181,7 +181,8 @@ class Flow(nn.Module):
                     nn.utils.parametrizations.weight_norm(layer)  # in place, one gain per output
 
     def coupling(self, i: int, u: Tensor) -> tuple[Tensor, Tensor]:  # l, t
-        return self.nets[i](u.repeat(1, 2)).chunk(2, 1) if self.affine else (u.new_zeros(1, 1), self.nets[i](u))
+        out = self.nets[i](u.repeat(1, 2) if self.affine else u).chunk(1 + self.affine, 1)
+        return out[0].clamp(max=40 / len(self.nets)) if self.affine else u.new_zeros(1, 1), out[-1]
 
     def forward(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # z and log|det dz/dx| [B], in NICE [1] for all rows
         parts, log_det = [u, v], self.log_scale.sum()
@@ -199,11 +200,11 @@ class Flow(nn.Module):
         return torch.cat(parts, 1)
 
     def log_density(self, obs: Tensor, act: Tensor) -> Tensor:
-        """log p(s, a) [B] in nats: log|det dz/dx| and the standard logistic prior, log f(z) = z - 2 softplus(z)."""
+        """log p(s, a) [B] in nats: log|det dz/dx| and the logistic prior, log f(z) = z - 2 softplus(z), the same at -|z|."""
         u, v = torch.cat([obs, act], 1).split(self.halves, 1)
         u = obs[:, : u.shape[1]] if u.shape[1] <= obs.shape[1] else u  # no action in it: spares a gradient of coupling 0
         z, log_det = self(u, v)
-        return (z - 2 * nn.functional.softplus(z)).sum(1) + log_det
+        return -(z.abs() + 2 * nn.functional.softplus(-z.abs())).sum(1) + log_det
 
 
 def shuffled_rows(count: int) -> tuple[np.ndarray, int]:
@@ -470,9 +471,7 @@ def main(argv: list[str] | None = None) -> dict:
         now = dataclasses.asdict(args) | {"dataset": info["sha256"]}
         if differ := [f"{name} {was[name]}, not {now[name]}" for name in FLOW_ARGS if was[name] != now[name]]:
             raise UserError(f"--flow: {old['path']} was trained with {', '.join(differ)}", status=2)
-        for name in CPED.parts[:4]:
-            getattr(agent, name).load_state_dict(old["agent"][name])
-        agent.step = args.flow_steps
+        agent.load_state_dict(agent.state_dict() | {name: old["agent"][name] for name in (*CPED.parts[:4], "step")})
     if state:
         folder, rows, seconds = state["path"].parent, state["rows"], state["seconds"]
         agent.load_state_dict(state["agent"])
@@ -508,7 +507,7 @@ def main(argv: list[str] | None = None) -> dict:
         if metrics and (step % args.log_every == 0 or step % args.checkpoint_every == 0 or step == start or last):
             values = torch.stack(list(metrics.values())).tolist()  # the only wait for the device
             row = {f"train/{name}": value for name, value in zip(metrics, values)}
-            if step <= agent.flow_until:
+            if step <= agent.flow_until and step % args.log_every == 0:
                 for name, i in (("train", slice(min(split, 4096))), ("held_out", slice(split, split + 4096))):
                     row[f"log_density/{name}"] = float(agent.flow.log_density(data.obs[i], data.act[i]).mean())
             if broken := [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]:

@@ -298,7 +298,8 @@ def student_loss(networks: tuple, cond: Tensor, x: Tensor, i: Tensor, z: Tensor,
 
 def multiplier(h: Tensor, args: Args) -> Tensor:
     """m [B] of Eq. 8 for uncertainties h [B]: one value in U, where h is above its beta-quantile, and another outside."""
-    inside = 1 / h if args.inside_multiplier == "inverse" else 1 + (1 - 1 / h) / 10
+    inverse = 1 / h.clamp(min=1e-6)  # no H of a whole student comes near, but one that collapsed may be 0
+    inside = inverse if args.inside_multiplier == "inverse" else 1 + (1 - inverse) / 10
     outside = args.beta if args.outside_multiplier is None else args.outside_multiplier
     return torch.where(h > torch.quantile(h, args.beta), inside, outside)
 
@@ -357,13 +358,12 @@ class QDQ:
     parts += ("teacher_adam", "student_radam", "actor_adam", "critic_adam")
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args, device: torch.device | str = "cpu"):
-        self.args, self.device, self.act_dim = args, torch.device(device), act_dim
+        self.args, self.device, self.act_dim, dim = args, torch.device(device), act_dim, obs_dim + act_dim
         self.steps = {"teacher": 0, "student": 0, "policy": 0}  # updates of each stage
         self.actor_metrics = {}  # of the actor's newest step, for the updates between two
-        networks = [ReturnNetwork(obs_dim + act_dim, args.hidden_dim).to(device) for _ in range(3)]
-        self.teacher, self.student, self.student_target = networks  # each drawn apart
+        self.teacher, self.student, self.student_target = (ReturnNetwork(dim, args.hidden_dim).to(device) for _ in range(3))
         self.actor = Actor(obs_dim, act_dim, args.hidden_dim, args.hidden_layers).to(device)
-        self.critic = Critics(obs_dim + act_dim, args.hidden_dim, args.hidden_layers, args.critic_layer_norm).to(device)
+        self.critic = Critics(dim, args.hidden_dim, args.hidden_layers, args.critic_layer_norm).to(device)
         self.actor_target, self.critic_target = deepcopy(self.actor), deepcopy(self.critic)
         self.teacher_adam = torch.optim.Adam(self.teacher.parameters(), fused=True)
         self.student_radam = torch.optim.RAdam(self.student.parameters())

@@ -253,6 +253,22 @@ def test_parameter_counts():
     assert counts == [2_367_111, 19_647, 75_528, 75_777]
 
 
+@pytest.mark.parametrize("flow_type", ["nice", "realnvp"])
+def test_log_density_and_its_gradient_are_finite_far_from_the_data(flow_type):
+    """A trained RealNVP's log-scales grow with the input: in float32, exp(l) of a random action overflowed to NaN."""
+    flow = Flow(14, Args(flow_type=flow_type, flow_hidden_dim=16))
+    with torch.no_grad():
+        for net in flow.nets:
+            net[4].bias += 1  # not dead
+    for scale in (1, 1e3, 1e6):
+        obs, act = scale * torch.randn(64, 11), (2 * torch.rand(64, 3) - 1).requires_grad_()
+        for net in flow.nets:
+            torch.nn.init.normal_(net[0].bias, 0, scale)
+        log_p = flow.log_density(obs, act)
+        (gradient,) = torch.autograd.grad(log_p.sum(), act)
+        assert log_p.isfinite().all() and (1e3 * gradient).square().isfinite().all()  # as Adam sees it, with the multiplier
+
+
 def test_realnvp_starts_near_the_identity():
     flow, x = Flow(23, Args(flow_type="realnvp", flow_hidden_dim=64)), 10 * torch.randn(200, 23)
     assert (flow(*x.split(flow.halves, 1))[0] - x).abs().max() < 3 and flow.log_density(x[:, :17], x[:, 17:]).isfinite().all()

@@ -673,6 +673,12 @@ def test_size_of_the_uncertain_set(beta, rows):
     assert torch.equal(qdq.multiplier(torch.full((256,), 3.0), qdq.Args(beta=beta)), torch.full((256,), beta))  # strict
 
 
+@pytest.mark.parametrize("inside", ["inverse", "expand"])
+def test_the_multiplier_is_finite_where_the_samples_agree(inside):
+    h = torch.tensor([0.0, 0.0, 0.0, 1e-44])  # 1 / 1e-44 is infinite in float32
+    assert qdq.multiplier(h, qdq.Args(beta=0.5, inside_multiplier=inside)).isfinite().all()
+
+
 def test_linear_quantile():
     h = torch.tensor([1.0, 2.0, 3.0, 4.0])  # place 0.5 * 3 = 1.5: 2.5 between the second and the third
     assert (qdq.multiplier(h, qdq.Args(beta=0.5)) == torch.tensor([0.5, 0.5, 1 / 3, 0.25])).all()
