@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -93,6 +93,15 @@ class UserError(Exception):
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
         self.status = status  # exit status: 2 for a mistyped command, 1 for the rest
+
+
+@contextlib.contextmanager
+def explained(kind: type | tuple[type, ...], what: str, status: int = 1) -> Iterator[None]:
+    """Turns errors of a kind, such as those of a disk or of a library that reads somebody's file, into a sentence."""
+    try:
+        yield
+    except kind as error:
+        raise error if isinstance(error, UserError) else UserError(f"{what} ({error!r:.200})", status) from None
 
 
 # ------------------------------------------------------------------------------------------------------------ datasets
@@ -256,7 +265,7 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
     if path.open("rb").read(512).lstrip().startswith(b"<"):
         raise UserError(f"{path} is a web page, not a dataset: download it again")
     wanted, most = (*KEYS, "next_observations"), max(MAX_BYTES, 20 * path.stat().st_size)
-    try:
+    with explained(Exception, f"{path} is no HDF5 or NPZ file, or a damaged one"):  # which can fail anywhere in h5py and numpy
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 if len(set(file.files)) < len(file.files) or sum(part.file_size for part in file.zip.infolist()) > most:
@@ -271,8 +280,6 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
                 if part.external or part.is_virtual or part.shape is None or part.dtype.kind == "O" or part.nbytes > most:
                     raise ValueError(f"{key} is in another file, not of numbers or of more than {most:,} bytes")
             return {key: part[()] for key, part in parts.items()}
-    except Exception as error:  # a damaged file can fail anywhere in h5py and numpy
-        raise UserError(f"{path} is no HDF5 or NPZ file, or a damaged one ({error!r:.200})") from None
 
 
 def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray], Path, dict]:
@@ -284,10 +291,8 @@ def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray],
     local = dataset_id in minari.list_local_datasets()
     if not local and not answers(MINARI_HUB):  # Minari's own download would wait for ever
         raise UserError(f"{dataset_id} is not among the local Minari datasets, and {MINARI_HUB} does not answer")
-    try:
+    with explained(Exception, f"Minari cannot load {dataset_id}"):  # its storages and remotes raise types of their own
         dataset = minari.load_dataset(dataset_id, download=not local)
-    except Exception as error:  # Minari's storages and remotes raise types of their own
-        raise UserError(f"Minari cannot load {dataset_id} ({error!r:.300})") from None
     metadata, box = dataset.storage.metadata, dataset.action_space
     spec = (dataset._eval_env_spec or dataset.env_spec) if need_env else None  # made by Minari to fit this Gymnasium
     if need_env and spec is None:
@@ -400,10 +405,8 @@ def env_spec(env: str) -> gym.envs.registration.EnvSpec:
 
     It can come out of somebody's checkpoint, and an entry point is code: only what is registered here is built.
     """
-    try:
+    with explained((gym.error.Error, ValueError, TypeError, KeyError), f"there is no environment {env:.80}"):
         spec = gym.envs.registration.EnvSpec.from_json(env) if env.startswith("{") else gym.spec(env)
-    except (gym.error.Error, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"there is no environment {env:.80} ({error})") from None
     if spec.id not in gym.registry:
         with contextlib.suppress(ImportError):  # where it is installed: the mazes, hands and kitchen of Minari's D4RL
             gym.register_envs(importlib.import_module("gymnasium_robotics"))
@@ -458,11 +461,9 @@ def make_env(info: dict, **kwargs) -> gym.Env:
     """The evaluation environment of a dataset: observations flat in the order of `flatten`, actions in [-1, 1]."""
     if info["env"] is None:
         raise UserError("there is no environment to evaluate in: the run was trained with --no-eval")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # that there are newer ids than -v4
-            env = gym.make(env_spec(info["env"]), **kwargs)
-    except (ImportError, gym.error.Error) as error:
-        raise UserError(f"Gymnasium cannot make {env_spec(info['env']).id} ({error})") from None
+    spec = env_spec(info["env"])
+    with explained((ImportError, gym.error.Error), f"Gymnasium cannot make {spec.id}"), warnings.catch_warnings(action="ignore"):
+        env = gym.make(spec, **kwargs)  # without a warning that there are newer ids than -v4
     if env.spec.max_episode_steps is None:
         raise UserError(f"{env.spec.id} has no time limit, so its episodes may never end")
     if not (isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded()):
@@ -506,15 +507,13 @@ def record_video(act: Callable, info: dict, path: Path, seed: int) -> float:
     import imageio.v2 as imageio
 
     total, over, env = 0.0, False, make_env(info, render_mode="rgb_array")
-    try:
-        with env, imageio.get_writer(path, fps=env.metadata["render_fps"]) as film:
-            if (renderer := getattr(env.unwrapped, "mujoco_renderer", None)) and env.unwrapped.model.ncam:
-                renderer.camera_id = 0  # the model's own camera follows the robot, Gymnasium's stays behind
-            obs, _ = env.reset(seed=seed)
-            while not over:
-                obs, reward, terminated, truncated, _ = env.step(act(obs[None].astype(np.float32))[0])
-                film.append_data(env.render())
-                total, over = total + float(reward), terminated or truncated
-    except Exception as error:  # OpenGL, ffmpeg and the disk fail in ways of their own
-        raise UserError(f"cannot film {path} ({error!r:.200}); without a screen, set MUJOCO_GL to egl or osmesa") from None
+    fault = f"cannot film {path}; without a screen, set MUJOCO_GL to egl or osmesa"  # OpenGL, ffmpeg and the disk fail variously
+    with explained(Exception, fault), env, imageio.get_writer(path, fps=env.metadata["render_fps"]) as film:
+        if (renderer := getattr(env.unwrapped, "mujoco_renderer", None)) and env.unwrapped.model.ncam:
+            renderer.camera_id = 0  # the model's own camera follows the robot, Gymnasium's stays behind
+        obs, _ = env.reset(seed=seed)
+        while not over:
+            obs, reward, terminated, truncated, _ = env.step(act(obs[None].astype(np.float32))[0])
+            film.append_data(env.render())
+            total, over = total + float(reward), terminated or truncated
     return total

@@ -31,6 +31,7 @@ import signal
 import sys
 import time
 import zipfile
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -38,11 +39,12 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import TASKS, UserError, describe, evaluate, load_dataset, record_video, strip_version
+from common import TASKS, UserError, describe, evaluate, explained, load_dataset, record_video, strip_version
 
 ALGORITHM = "cped"
 PER_CALL = ("resume", "eval_only", "episodes", "video", "run_dir", "flow")  # arguments that a run does not keep
@@ -66,8 +68,7 @@ class Args:
     log_every: int = 1_000  # updates between log rows, which show the newest minibatch
     checkpoint_every: int = 10_000  # updates between checkpoints
     run_dir: Path = Path("runs")  # root folder of all runs
-    # go on from this checkpoint or run folder; without PATH from the newest run of this task and seed
-    resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[PATH]")] = None
+    resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[PATH]")] = None  # this run or, without PATH, the newest
     eval_only: Path | None = None  # checkpoint to evaluate without any training
     episodes: int | None = None  # episodes of --eval-only, by default as many as an evaluation of the run had
     video: Path | None = None  # file for a video of one episode, with --eval-only
@@ -376,29 +377,41 @@ def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: floa
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Written under another name, then renamed: the checkpoint is the whole new one or still the previous one."""
-    part = path.with_suffix(".part")
+    part, kinds = path.with_suffix(".part"), (OSError, RuntimeError)  # torch reports a full disk as RuntimeError
     try:
-        torch.save(state, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with explained(kinds, f"cannot write {path}; the previous checkpoint is as it was"):
+            torch.save(state, part)
+            os.replace(part, path)
+    finally:
         part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); the previous checkpoint is as it was") from None
 
 
 def load_checkpoint(path: Path) -> dict:
     """State of a run, from its checkpoint or its folder."""
     path = path / "checkpoint.pt" if path.is_dir() else path
-    try:
-        if zipfile.ZipFile(path).testzip():  # torch compares no checksums
-            raise ValueError("a checksum does not fit")
+    if not path.exists():
+        raise UserError(f"{path} does not exist", status=2)
+    with explained(Exception, f"{path} is no checkpoint, or a damaged one", status=2):
+        archive = zipfile.ZipFile(path)
+        if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():  # torch looks at neither
+            raise ValueError("compressed, or a checksum does not fit")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has many ways to refuse a file that is not one of its own
-        what = "does not exist" if isinstance(error, FileNotFoundError) else f"is no checkpoint, or a damaged one ({error!r:.80})"
-        raise UserError(f"{path} {what}", status=2) from None
     names = {field.name for field in dataclasses.fields(Args)} - set(PER_CALL)
     if not isinstance(state, dict) or state.get("algorithm") != ALGORITHM or state.get("args", {}).keys() != names:
         raise UserError(f"{path} was not written by this version of {ALGORITHM}.py", status=2)
     return state | {"path": path}
+
+
+def restore(agent: object, state: dict) -> None:
+    """Agent and random numbers go on as they were; a state of other shapes is refused: a fused Adam writes past its end."""
+    with explained(Exception, f"{state['path']} does not hold what its arguments describe", status=2):
+        agent.load_state_dict(state["agent"])
+        for adam in (part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)):
+            if any(m.ndim and m.shape != p.shape for p, moments in adam.state.items() for m in moments.values()):
+                raise ValueError("moments of another shape")
+        torch.set_rng_state(state["rng"])
+        if agent.device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], agent.device)
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
@@ -444,7 +457,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     if args.eval_only:
         agent, info = CPED(state["obs_dim"], state["act_dim"], args, device), state["info"]
-        agent.load_state_dict(state["agent"])
+        restore(agent, state)
         print(describe(info))
         if args.video:
             print(f"{args.video}: one episode, return {record_video(agent.act, info, args.video, seed=1_000_000):.2f}")
@@ -467,22 +480,24 @@ def main(argv: list[str] | None = None) -> dict:
     agent = CPED(**dims, args=args, device=device)
     if args.flow:
         old = load_checkpoint(args.flow / "flow.pt" if args.flow.is_dir() else args.flow)
-        was = old["args"] | {"dataset": old["info"]["sha256"], "flow_steps": old["agent"]["step"]}
-        now = dataclasses.asdict(args) | {"dataset": info["sha256"]}
-        if differ := [f"{name} {was[name]}, not {now[name]}" for name in FLOW_ARGS if was[name] != now[name]]:
-            raise UserError(f"--flow: {old['path']} was trained with {', '.join(differ)}", status=2)
-        agent.load_state_dict(agent.state_dict() | {name: old["agent"][name] for name in (*CPED.parts[:4], "step")})
+        with explained(Exception, f"{old['path']} holds no flow", status=2):
+            was = old["args"] | {"dataset": old["info"]["sha256"], "flow_steps": old["agent"]["step"]}
+            now = dataclasses.asdict(args) | {"dataset": info["sha256"]}
+            if differ := [f"{name} {was[name]}, not {now[name]}" for name in FLOW_ARGS if was[name] != now[name]]:
+                raise UserError(f"--flow: {old['path']} was trained with {', '.join(differ)}", status=2)
+            parts = agent.state_dict() | {name: old["agent"][name] for name in (*CPED.parts[:4], "step")}
+            restore(agent, {"path": old["path"], "agent": parts, "rng": torch.get_rng_state()})
     if state:
         folder, rows, seconds = state["path"].parent, state["rows"], state["seconds"]
-        agent.load_state_dict(state["agent"])
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        restore(agent, state)
     else:
         rows, seconds = [], 0.0
         folder = args.run_dir / args.env / ALGORITHM / time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
         folder.mkdir(parents=True)
     print(f"run folder  {folder}")
+    lock = FileLock(folder / "lock", timeout=0, is_singleton=True)  # held until this process or function ends
+    with explained(Timeout, f"{folder} is in use: another process trains this run", 2), suppress(NotImplementedError):
+        lock.acquire()  # NotImplementedError: a file system without locks
     stored = {name: value for name, value in dataclasses.asdict(args).items() if name not in PER_CALL}
     (folder / "args.json").write_text(json.dumps({"args": stored, "dataset": info}, indent=1))
     columns = [*(f"train/{name}" for name in CPED.metrics), "log_density/train", "log_density/held_out", *EVAL_COLUMNS]
@@ -519,9 +534,10 @@ def main(argv: list[str] | None = None) -> dict:
             bar.set_postfix_str(f"return {row['eval/return']:.1f}, score {row.get('eval/normalized_score', math.nan):.1f}")
         if row:
             rows.append({"step": step} | row)
-            table.writerow(rows[-1])
-            for name, value in row.items():
-                board.add_scalar(name, value, step)
+            with explained(OSError, f"cannot write to {folder}; its checkpoint is as it was"):
+                table.writerow(rows[-1])
+                for name, value in row.items():
+                    board.add_scalar(name, value, step)
             window = time.perf_counter()
         if metrics is not None and (step % args.checkpoint_every == 0 or step == start or last):
             content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "agent": agent.state_dict()}
@@ -556,6 +572,6 @@ def main(argv: list[str] | None = None) -> dict:
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, a folder that cannot be written
+        print(f"error: {str(error) or 'interrupted before the training began'}", file=sys.stderr)
         sys.exit(getattr(error, "status", 1))

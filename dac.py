@@ -32,6 +32,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -39,12 +40,13 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import UserError, describe, evaluate, load_dataset, record_video, strip_version
+from common import TASKS, UserError, describe, evaluate, explained, load_dataset, record_video, strip_version
 
 ALGORITHM = "dac"
 PER_CALL = ("resume", "eval_only", "episodes", "video", "run_dir")  # arguments that a run does not keep
@@ -68,18 +70,15 @@ class Args:
     log_every: int = 1_000  # updates between log rows, which show the newest minibatch
     checkpoint_every: int = 10_000  # updates between checkpoints
     run_dir: Path = Path("runs")  # root folder of all runs
-    # go on from this checkpoint or run folder; without PATH from the newest run of this task and seed
-    resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[PATH]")] = None
+    resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[PATH]")] = None  # this run or, without PATH, the newest
     eval_only: Path | None = None  # checkpoint to evaluate without any training
     episodes: int | None = None  # episodes of --eval-only, by default as many as an evaluation of the run had
     video: Path | None = None  # file for a video of one episode, with --eval-only
     eval: bool = True  # --no-eval trains without an environment
     compile: bool = False  # compile the losses with torch.compile
     quick: bool = False  # a small protocol, ours and not the paper's, for a machine without a GPU
-
     # data
     reward_transform: Literal["return_range", "minus_one", "none"] = "return_range"  # 1000 r / range of trajectory returns; r - 1
-
     # optimisation
     discount: float = 0.99  # gamma
     actor_lr: float = 3e-4  # Adam step size of the actor, cosine to 0
@@ -89,7 +88,6 @@ class Args:
     actor_target_every: int = 5  # updates between steps of the actor's target
     actor_target_start: int = 1_000  # the actor's target moves only after this update
     hidden_dim: int = 256  # width of the three hidden layers of all networks
-
     # algorithm
     diffusion_steps: int = 5  # T
     beta_min: float = 0.1  # b_min of the variance-preserving schedule
@@ -109,23 +107,10 @@ class Args:
 
 # The authors' last list of commands (runs.sh), AntMaze on -v0 data; its evaluation, 100 episodes for their ten, is ours.
 ANTMAZE = {"eta": 0.1, "eta_lr": 0.0, "next_action_reduce": "max", "eval_every": 100_000, "eval_episodes": 100}
-PRESETS = {
-    "halfcheetah-medium": {"rho": 0.0, "bc_threshold": 1.0},
-    "halfcheetah-medium-replay": {"rho": 0.0, "bc_threshold": 1.0},
-    "halfcheetah-medium-expert": {"rho": 0.0, "bc_threshold": 0.1},
-    "hopper-medium": {"rho": 1.5, "bc_threshold": 1.0},
-    "hopper-medium-replay": {"rho": 1.5, "bc_threshold": 1.0},
-    "hopper-medium-expert": {"rho": 1.5, "bc_threshold": 0.05},
-    "walker2d-medium": {"rho": 1.0, "bc_threshold": 1.0},
-    "walker2d-medium-replay": {"rho": 1.0, "bc_threshold": 1.0},
-    "walker2d-medium-expert": {"rho": 1.0, "bc_threshold": 1.0},
-    "antmaze-umaze": ANTMAZE | {"rho": 1.0},
-    "antmaze-umaze-diverse": ANTMAZE | {"rho": 1.0},
-    "antmaze-medium-play": ANTMAZE | {"rho": 1.0},
-    "antmaze-medium-diverse": ANTMAZE | {"rho": 1.0},
-    "antmaze-large-play": ANTMAZE | {"rho": 1.1, "critic_lr": 1e-3},
-    "antmaze-large-diverse": ANTMAZE | {"rho": 1.0, "critic_lr": 1e-3},
-}
+RHO = {"halfcheetah": 0.0, "hopper": 1.5, "walker2d": 1.0, "antmaze": 1.0}
+OWN = {"halfcheetah-medium-expert": {"bc_threshold": 0.1}, "hopper-medium-expert": {"bc_threshold": 0.05}}
+OWN |= {"antmaze-large-play": {"rho": 1.1, "critic_lr": 1e-3}, "antmaze-large-diverse": {"critic_lr": 1e-3}}
+PRESETS = {task: {"rho": RHO[task.split("-")[0]]} | (ANTMAZE if "antmaze" in task else {}) | OWN.get(task, {}) for task in TASKS}
 # Ours: with the published settings eta falls to its floor within few updates, when the critics do not know much yet.
 QUICK = {"total_steps": 10_000, "eval_every": 1_000, "eval_episodes": 10, "log_every": 500, "checkpoint_every": 2_500}
 QUICK |= {"num_critics": 2, "num_next_actions": 1, "eta": 0.05, "eta_lr": 0.0, "actor_lr": 1e-3, "critic_lr": 1e-3}
@@ -375,29 +360,41 @@ def shuffled_batches(num_rows: int, batch_size: int, seed: int, step: int, devic
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Written under another name, then renamed: the checkpoint is the whole new one or still the previous one."""
-    part = path.with_suffix(".part")
+    part, kinds = path.with_suffix(".part"), (OSError, RuntimeError)  # torch reports a full disk as RuntimeError
     try:
-        torch.save(state, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with explained(kinds, f"cannot write {path}; the previous checkpoint is as it was"):
+            torch.save(state, part)
+            os.replace(part, path)
+    finally:
         part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); the previous checkpoint is as it was") from None
 
 
 def load_checkpoint(path: Path) -> dict:
     """State of a run, from its checkpoint or its folder."""
     path = path / "checkpoint.pt" if path.is_dir() else path
-    try:
-        if zipfile.ZipFile(path).testzip():  # torch compares no checksums
-            raise ValueError("a checksum does not fit")
+    if not path.exists():
+        raise UserError(f"{path} does not exist", status=2)
+    with explained(Exception, f"{path} is no checkpoint, or a damaged one", status=2):
+        archive = zipfile.ZipFile(path)
+        if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():  # torch looks at neither
+            raise ValueError("compressed, or a checksum does not fit")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has many ways to refuse a file that is not one of its own
-        what = "does not exist" if isinstance(error, FileNotFoundError) else f"is no checkpoint, or a damaged one ({error!r:.80})"
-        raise UserError(f"{path} {what}", status=2) from None
     names = {field.name for field in dataclasses.fields(Args)} - set(PER_CALL)
     if not isinstance(state, dict) or state.get("algorithm") != ALGORITHM or state.get("args", {}).keys() != names:
         raise UserError(f"{path} was not written by this version of {ALGORITHM}.py", status=2)
     return state | {"path": path}
+
+
+def restore(agent: object, state: dict) -> None:
+    """Agent and random numbers go on as they were; a state of other shapes is refused: a fused Adam writes past its end."""
+    with explained(Exception, f"{state['path']} does not hold what its arguments describe", status=2):
+        agent.load_state_dict(state["agent"])
+        for adam in (part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)):
+            if any(m.ndim and m.shape != p.shape for p, moments in adam.state.items() for m in moments.values()):
+                raise ValueError("moments of another shape")
+        torch.set_rng_state(state["rng"])
+        if agent.device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], agent.device)
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
@@ -450,7 +447,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     if args.eval_only:
         agent, info = DAC(state["obs_dim"], state["act_dim"], args, device), state["info"]
-        agent.load_state_dict(state["agent"])
+        restore(agent, state)
         print(describe(info))
         if args.video:
             print(f"{args.video}: one episode, return {record_video(agent.act, info, args.video, seed=1_000_000):.2f}")
@@ -472,15 +469,15 @@ def main(argv: list[str] | None = None) -> dict:
     agent = DAC(data.obs.shape[1], data.act.shape[1], args, device)
     if state:
         folder, rows, seconds = state["path"].parent, state["rows"], state["seconds"]
-        agent.load_state_dict(state["agent"])
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        restore(agent, state)
     else:
         rows, seconds = [], 0.0
         folder = args.run_dir / args.env / ALGORITHM / time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
         folder.mkdir(parents=True)
     print(f"run folder  {folder}")
+    lock = FileLock(folder / "lock", timeout=0, is_singleton=True)  # held until this process or function ends
+    with explained(Timeout, f"{folder} is in use: another process trains this run", 2), suppress(NotImplementedError):
+        lock.acquire()  # NotImplementedError: a file system without locks
     stored = {name: value for name, value in dataclasses.asdict(args).items() if name not in PER_CALL}
     (folder / "args.json").write_text(json.dumps({"args": stored, "dataset": info}, indent=1))
     columns = ["step", *(f"train/{name}" for name in DAC.metrics), *EVAL_COLUMNS, "time/updates_per_s"]
@@ -511,9 +508,10 @@ def main(argv: list[str] | None = None) -> dict:
             bar.set_postfix_str(f"return {row['eval/return']:.1f}, score {row.get('eval/normalized_score', math.nan):.1f}")
         if row:
             rows.append({"step": step} | row)
-            table.writerow(rows[-1])
-            for name, value in row.items():
-                board.add_scalar(name, value, step)
+            with explained(OSError, f"cannot write to {folder}; its checkpoint is as it was"):
+                table.writerow(rows[-1])
+                for name, value in row.items():
+                    board.add_scalar(name, value, step)
             window = step, time.perf_counter()
         if metrics is not None and (step % args.checkpoint_every == 0 or last):
             content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "agent": agent.state_dict()}
@@ -545,6 +543,6 @@ def main(argv: list[str] | None = None) -> dict:
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, a folder that cannot be written
+        print(f"error: {str(error) or 'interrupted before the training began'}", file=sys.stderr)
         sys.exit(getattr(error, "status", 1))

@@ -1,5 +1,6 @@
 """Kills, signals and full disks: a run goes on exactly, and its checkpoint is never lost. benchmarks/faults.py kills longer."""
 
+import csv
 import errno
 import os
 import re
@@ -138,22 +139,83 @@ def test_a_save_that_fails_keeps_the_last_checkpoint(script, what, number, run, 
         kept(first, second)
 
     monkeypatch.setattr(owner, name, failing)
-    with pytest.raises(UserError, match=r"cannot write .*checkpoint\.pt .*the previous checkpoint is as it was"):
+    with pytest.raises(UserError, match=r"cannot write .*checkpoint\.pt; the previous checkpoint is as it was"):
         run(script, "part")
     monkeypatch.setattr(owner, name, kept)
     assert [path.name for path in checkpoint(tmp_path / "part").parent.glob("*.p*t")] == ["checkpoint.pt"]  # and no .part
     assert not list(faults.differences(whole, run(script, "part", "--resume")))
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is full")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the file is closed, and cannot be then either
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("name", ["metrics.csv", "args.json"])
-def test_a_full_disk_while_logging_keeps_the_checkpoint(script, name, run, tmp_path):
-    run(script, "part")
-    before = checkpoint(tmp_path / "part").read_bytes()
-    (table := checkpoint(tmp_path / "part").with_name(name)).unlink()
-    table.symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left"):
-        run(script, "part", "--resume")
-    assert checkpoint(tmp_path / "part").read_bytes() == before
+@pytest.mark.parametrize("what", ["table", "board"])
+def test_a_full_disk_while_logging_keeps_the_checkpoint_and_names_the_folder(script, what, run, tmp_path, monkeypatch):
+    owner, name = {"table": (csv.DictWriter, "writerow"), "board": (script.SummaryWriter, "add_scalar")}[what]
+    kept, calls = getattr(owner, name), []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == {"table": 5, "board": 20}[what]:
+            raise OSError(errno.ENOSPC, "No space left on device")  # which names no file
+        return kept(*args)
+
+    monkeypatch.setattr(owner, name, full)
+    with pytest.raises(UserError, match=r"cannot write to .*seed0-\S+; its checkpoint is as it was .*No space left"):
+        run(script, "part")
+    monkeypatch.setattr(owner, name, kept)
+    run(script, "part", "--resume")
+
+
+# ------------------------------------------------------------------------------------------------ two processes, a signal
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_second_process_in_a_run_folder_is_refused(script, run, tmp_path):
+    """For as long as the first one lives, by SIGKILL or not; evaluation needs no lock."""
+    before = run(script, "part")
+    code = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    command = [sys.executable, "-c", code, checkpoint(tmp_path / "part").with_name("lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=r"seed0-\S+ is in use: another process trains this run"):
+            run(script, "part", "--resume")
+        assert not list(faults.differences(before, faults.contents(tmp_path / "part")))
+        other.kill()
+    run(script, "part", "--resume")
+
+
+def test_two_runs_of_one_second_do_not_share_a_folder(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(dac.time, "strftime", lambda format: "seed0-then")
+    run(dac, "part")
+    with pytest.raises(FileExistsError, match="seed0-then"):
+        run(dac, "part")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_a_save_or_an_evaluation_is_heeded_after_it(script, number, run, tmp_path, monkeypatch):
+    whole, replace = run(script, "whole"), os.replace
+
+    def interrupted(part, path):
+        monkeypatch.setattr(os, "replace", replace)
+        os.kill(os.getpid(), number)
+        replace(part, path)
+
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    monkeypatch.setattr(os, "replace", interrupted)
+    try:
+        with pytest.raises(UserError, match=rf"stopped at update \d+; go on with: python {script.ALGORITHM}.py --resume"):
+            run(script, "part")
+    finally:
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
+    assert not list(faults.differences(whole, run(script, "part", "--resume")))
+
+
+def test_an_interruption_before_the_first_update_is_one_line():
+    code = """if True:
+        import os, runpy, signal, sys, common
+        common.load_dataset = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT)
+        sys.argv = ["dac.py"]
+        runpy.run_path("dac.py", run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr == "error: interrupted before the training began\n"

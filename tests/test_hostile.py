@@ -317,6 +317,74 @@ CHANGES = {
 }
 
 
+def resave(path: Path, state: dict, compression: int = zipfile.ZIP_STORED) -> None:
+    torch.save(state, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+@pytest.fixture(scope="module", params=SCRIPTS, ids=[script.ALGORITHM for script in SCRIPTS])
+def trained(request, tmp_path_factory) -> tuple:
+    """A script, the flags of a run and its folder."""
+    script, folder = request.param, tmp_path_factory.mktemp("trained")
+    data = write_hdf5(folder / "a.hdf5", make_raw())
+    flags = (
+        f"--env hopper-medium --data {data} --no-eval --run-dir {folder} --total-steps 2 --batch-size 8 {FLAGS[script.ALGORITHM]}"
+    )
+    script.main(flags.split())
+    return script, flags.split(), next(folder.glob("*/*/*/checkpoint.pt")).parent
+
+
+FORGED = {  # what is done to a whole checkpoint
+    "a network of another shape": lambda state: state["agent"].update(
+        actor=dict.fromkeys(state["agent"]["actor"], torch.ones(1))
+    ),
+    "no actor": lambda state: state["agent"].pop("actor"),
+    "no agent": lambda state: state.pop("agent"),
+    "an agent that is a list": lambda state: state.update(agent=[]),
+    "no random state": lambda state: state.pop("rng"),
+    "a random state of one byte": lambda state: state.update(rng=torch.zeros(1, dtype=torch.uint8)),
+    "moments of one entry": lambda state: state["agent"]["actor_adam"]["state"][0].update(exp_avg=torch.zeros(1)),
+    "moments of fewer entries": lambda state: state["agent"]["actor_adam"]["state"][0].update(exp_avg_sq=torch.zeros(1, 1)),
+    "moments that are no tensor": lambda state: state["agent"]["actor_adam"]["state"][0].update(exp_avg="much"),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_forged_state_is_refused(trained, kind, tmp_path):
+    """Before anything of it is used: a fused Adam trusts its moments' sizes and would write past their end."""
+    script, _, folder = trained
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    FORGED[kind](state)
+    resave(tmp_path / "a.pt", state)
+    for flag in ("--eval-only", "--resume"):
+        with pytest.raises(UserError, match=r"a.pt does not hold what its arguments describe \(") as error:
+            script.main([flag, str(tmp_path / "a.pt")])
+        assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("kind", ["no agent", "an agent that is a list"])
+def test_a_forged_stage_is_refused(trained, kind, tmp_path):
+    script, flags, folder = trained
+    if script is dac:
+        pytest.skip("has one stage")
+    state = torch.load(folder / ("flow.pt" if script is cped else "checkpoint.pt"), weights_only=True)
+    FORGED[kind](state)
+    resave(tmp_path / "a.pt", state)
+    with pytest.raises(UserError, match=r"a.pt holds no "):
+        script.main([*flags, "--run-dir", str(tmp_path), "--flow" if script is cped else "--consistency", str(tmp_path / "a.pt")])
+
+
+def test_a_compressed_checkpoint_is_refused(checkpoint, tmp_path):
+    """torch would expand a megabyte into gigabytes."""
+    resave(tmp_path / "a.pt", torch.load(checkpoint, weights_only=True) | {"path": None}, zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match=r"no checkpoint, or a damaged one .*compressed"):
+        dac.load_checkpoint(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_checkpoint_of_another_version_is_refused(kind, checkpoint, tmp_path):
     state = torch.load(checkpoint, weights_only=True)
