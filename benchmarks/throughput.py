@@ -117,7 +117,7 @@ def floor_seconds(shapes: Counter, device: torch.device) -> float:
         a, b = torch.randn(batch, m, k, device=device), torch.randn(batch, k, n, device=device)
         repeats = max(3, int(3e8 // (flops[shape] // shapes[shape])))
         product = torch.bmm if batch > 1 else lambda a, b: torch.mm(a[0], b[0])
-        runs = [seconds_of(lambda a=a, b=b, product=product: product(a, b), repeats, device) for _ in range(4)]
+        runs = [seconds_of(lambda a=a, b=b, product=product: product(a, b), repeats, device) for _ in range(10)]
         total += shapes[shape] * min(runs[1:]) / repeats
     return total
 
