@@ -153,9 +153,8 @@ class Critics(nn.Module):
         dims = ((obs_dim + act_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, 1))
         self.weights = nn.ParameterList(torch.empty(num_critics, *dim) for dim in dims)
         self.biases = nn.ParameterList(torch.zeros(num_critics, 1, dim[1]) for dim in dims)
-        for weight in self.weights:
-            for head in weight:  # one by one: for a stack of matrices the initialiser's fan-in would be wrong
-                nn.init.xavier_uniform_(head)
+        for head in (head for weight in self.weights for head in weight):
+            nn.init.xavier_uniform_(head)  # one by one: for a stack of matrices the fan-in would be wrong
 
     def forward(self, obs: Tensor, act: Tensor) -> Tensor:
         h = torch.cat([obs, act], 1).expand(len(self.weights[0]), -1, -1)  # [H, B, S + A]
@@ -438,6 +437,9 @@ def main(argv: list[str] | None = None) -> dict:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here, or torch was installed without CUDA", status=2)
     device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
+    if args.compile:
+        with explained(Exception, "--compile: torch.compile fails here; it needs a C++ compiler, on CUDA Triton", status=2):
+            torch.compile(torch.sin)(torch.zeros(2, device=device))
 
     def score(episodes: int) -> dict[str, float]:
         result = evaluate(agent.act, info, episodes, seed=1_000_000 + agent.step)  # the same episodes in all runs
@@ -466,7 +468,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     # agent and run folder
     torch.manual_seed(args.seed)  # initialisation and all noise come from torch, on every device
-    agent = DAC(data.obs.shape[1], data.act.shape[1], args, device)
+    dims = {"obs_dim": data.obs.shape[1], "act_dim": data.act.shape[1]}
+    agent = DAC(**dims, args=args, device=device)
     if state:
         folder, rows, seconds = state["path"].parent, state["rows"], state["seconds"]
         restore(agent, state)
@@ -515,8 +518,7 @@ def main(argv: list[str] | None = None) -> dict:
             window = step, time.perf_counter()
         if metrics is not None and (step % args.checkpoint_every == 0 or last):
             content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "agent": agent.state_dict()}
-            content |= {"obs_dim": data.obs.shape[1], "act_dim": data.act.shape[1], "rng": torch.get_rng_state()}
-            content |= {"seconds": seconds + time.perf_counter() - started}
+            content |= dims | {"rng": torch.get_rng_state(), "seconds": seconds + time.perf_counter() - started}
             content |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
             save_checkpoint(folder / "checkpoint.pt", content)
         if last:

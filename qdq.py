@@ -522,6 +522,9 @@ def main(argv: list[str] | None = None) -> dict:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here, or torch was installed without CUDA", status=2)
     device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
+    if args.compile:
+        with explained(Exception, "--compile: torch.compile fails here; it needs a C++ compiler, on CUDA Triton", status=2):
+            torch.compile(torch.sin)(torch.zeros(2, device=device))
 
     def score(episodes: int) -> dict[str, float]:
         done = agent.steps["policy"]

@@ -1,9 +1,26 @@
+import dataclasses
+
 import h5py
 import numpy as np
 import pytest
 import torch
 
+import cped
+import dac
+import qdq
+
 torch.set_num_threads(1)  # the matrices of the tests are small; more threads only wait for each other
+
+
+def pytest_addoption(parser):
+    parser.addoption("--compile", action="store_true", help="also the slow tests of compiled updates; the check numbers compiled")
+
+
+def pytest_configure(config):
+    if config.getoption("--compile"):
+        for script in (dac, qdq, cped):
+            names, init = [field.name for field in dataclasses.fields(script.Args)], script.Args.__init__
+            init.__defaults__ = tuple(name == "compile" or default for name, default in zip(names, init.__defaults__))
 
 
 @pytest.fixture
