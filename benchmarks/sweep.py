@@ -218,8 +218,10 @@ def run_all(jobs: list[Job], args: Args, table: Path) -> list[Job]:
         if ":" in (args.address or ""):  # Ray itself would try for minutes
             socket.create_connection(args.address.removeprefix("ray://").rsplit(":", 1), timeout=5).close()
         ray.init(args.address or "local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"Ray at --address {args.address} cannot be used ({str(error).splitlines()[0]:.200})") from None
+    except Exception as error:  # Ray's are of many kinds; on a machine that is too busy a bare Exception after 30 seconds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        where = f"at --address {args.address} cannot be used" if args.address else "cannot be started here"
+        raise UserError(f"Ray {where} ({reason:.200}); the same command tries again") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     shares = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = min(1, max(share.get("GPU", 0) for share in shares)) if args.gpus is None else args.gpus

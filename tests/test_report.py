@@ -16,6 +16,7 @@ for name in ("matplotlib", "pandas", "rliable"):  # in benchmarks/requirements.t
     pytest.importorskip(name)
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import record  # noqa: E402
 import report  # noqa: E402
 
 sys.path.remove(str(BENCHMARKS))
@@ -29,6 +30,9 @@ def write_run(root, scores, algorithm="dac", seed=0, dataset=HOPPER, env="hopper
     steps = [10 * i for i in range(len(scores))]
     arguments = {"env": env, "seed": seed, "total_steps": steps[-1] if steps else 10, "eval_episodes": 4} | arguments
     result = {"algorithm": algorithm, "env": env, "seed": seed, "dataset": dataset, "sha256": "ab" * 32}
+    if scores:
+        result |= {"final_score": float(np.mean(scores[-5:])), "last_score": scores[-1], "best_score": max(scores)}
+    result |= {"updates": before + arguments["total_steps"], "seconds": 60.0, "versions": {}}
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "args.json").write_text(json.dumps({"args": arguments, "dataset": {"mean_score": 17.5}}))
     rows = [f"{before + step},,{30 * score},{score}" for step, score in zip(steps, scores)]
@@ -106,7 +110,10 @@ def test_kinds_of_data_are_never_mixed(tmp_path):
 def test_without_d4rl_rows_nothing_stands_beside_published_scores(tmp_path):
     write_run(tmp_path, [0, 1, 2], dataset="bundled/hopper-medium-replay")
     page = make(tmp_path)
-    assert "No run on D4RL's own files so far" in page and "103.1" not in page
+    ours, published = page.split("## Published scores")
+    assert "No run on D4RL's own files so far" in ours and "103.1" not in ours
+    assert "| DAC | DAC | 101.2 ± 2.0 | 103.1 ± 0.3 |" in published and "dac" not in published  # all that is known, apart
+    assert "| CPED | CPED | 96.8 ± 2.6 |" in published and "bundled" not in published
     assert not (tmp_path / "page" / "beside-published.csv").exists()
 
 
@@ -114,7 +121,7 @@ def test_published_rows_of_the_same_task_stand_below_ours(tmp_path):
     write_run(tmp_path, [0, 1, 2], dataset="d4rl/antmaze-umaze-v2", env="antmaze-umaze")
     make(tmp_path)
     cells = {(row["method"], row["printed by"]): row["antmaze-umaze-v2"] for row in table(tmp_path / "page/beside-published.csv")}
-    assert cells["**dac**", "here"] == "**1.5**"
+    assert cells["**dac**", "here"] == "**1.0**"
     assert cells["DAC", "DAC"] == "99.5 ± 0.9 (v0)" and cells["CPED", "CPED"] == "96.8 ± 2.6"
     assert cells["IQL", "DAC"] == "87.5 (v0)" and cells["IQL", "CPED"] == "89.6"
 
@@ -144,7 +151,7 @@ def test_aggregates_over_tasks(tmp_path):
         for algorithm, level in (("dac", 60), ("cped", 40)):
             for seed in range(3):
                 score = finals[algorithm, i, seed] = level + 10 * i + seed
-                write_run(tmp_path, [0, score, score], algorithm, seed, f"d4rl/{env}-v2", env)
+                write_run(tmp_path, [score] * 3, algorithm, seed, f"d4rl/{env}-v2", env)
     write_run(tmp_path, [0, 1, 1], "qdq", 0, f"d4rl/{TASKS[0]}-v2", TASKS[0])
     page = make(tmp_path)
     rows = {(row["metric"], row["algorithm"]): row for row in table(tmp_path / "page" / "aggregates-d4rl.csv")}
@@ -164,12 +171,42 @@ def test_a_results_table_says_the_same_as_the_folders_and_the_page_is_reproducib
     rows = []
     for run in report.read(tmp_path / "runs"):
         texts = {key: json.dumps(run[key]) for key in ("arguments", "evaluations", "seed", "behaviour")}
-        rows.append({key: run[key] for key in ("algorithm", "env", "dataset", "sha256")} | texts)
+        same = ("algorithm", "env", "dataset", "sha256", "final_score", "last_score", "best_score")
+        rows.append({key: run[key] for key in same} | texts)
     report.write_csv(tmp_path / "sweep.csv", rows)
     page = make(tmp_path, tmp_path / "runs")
     curves = (tmp_path / "page" / "curves-d4rl.svg").read_bytes()
     assert make(tmp_path, tmp_path / "sweep.csv") == page
     assert (tmp_path / "page" / "curves-d4rl.svg").read_bytes() == curves
+
+
+def test_recorded_runs_need_no_folders_and_lead_to_their_commands(tmp_path):
+    """record.py keeps all that the page says of a run; labels and records tell rows apart, whatever else differs in them."""
+    folders = [
+        write_run(tmp_path / "runs", [0, 1, 2 + seed], seed=seed, before=100, data="/home/me/hopper.hdf5") for seed in (0, 1)
+    ]
+    folders += [write_run(tmp_path / "runs", [0, 5, 9], seed=0, eta=2.0, rho=1.5)]
+    kept = tmp_path / "results" / "first"
+    record.main(record.Args(tuple(folders), kept, ("", "", "strong"), ("eval/normalized_score",)))
+    (kept / "README.md").write_text("the commands")
+    record.main(record.Args((folders[0],), tmp_path / "results" / "second", (), ("eval/normalized_score",)))
+    page = make(tmp_path, tmp_path / "results")
+    rows = table(tmp_path / "page" / "results-d4rl.csv")
+    assert [(row["algorithm"], row["seeds"], row["final_mean"]) for row in rows] == [
+        ("dac", "1", "1.0"),  # no README, no link
+        ("dac (first)", "2", "1.1667"),
+        ("dac strong (first)", "1", "4.6667"),
+    ]
+    assert "| dac strong [(first)](results/first) | 20 | 1 | 12 | 4.7 |" in page and "| 17.5 | dac | 20 |" in page
+    assert {path.name for path in kept.glob("*.csv")} == {
+        "results.csv",
+        "hopper-medium-replay-dac-seed0.csv",
+        "hopper-medium-replay-dac-seed1.csv",
+        "hopper-medium-replay-dac-strong-seed0.csv",
+    }
+    assert "/home/me" not in (kept / "results.csv").read_text()
+    with pytest.raises(SystemExit, match=r"is the second hopper-medium-replay-dac-seed0.csv: --labels"):
+        record.main(record.Args((folders[0], folders[2]), kept))
 
 
 @pytest.mark.parametrize("content", [None, "", "env,algorithm\nhopper-medium,dac\n", "seed,arguments,evaluations\n0,{,[]\n"])
