@@ -50,9 +50,9 @@ population standard deviation over seeds, as in the papers. Square brackets are 
 with fewer than five seeds they are too narrow. Episodes are those behind the mean of last five, of all seeds together. The name
 in brackets behind an algorithm leads to the commands that made its row."""
 PUBLISHED = """What the papers print, on D4RL's own data: **no row above can be compared with these**. Sources are in
-`published.csv`. A version in brackets is that of the row where it is not the column's (v?: not known)."""
+`published.csv`. A version in brackets is that of the row where it is not the column's."""
 BESIDE = """Ours in bold, then the papers' own rows; their sources are in `published.csv`. A version in brackets is that of the
-published row where it is not the column's (v?: not known)."""
+published row where it is not the column's."""
 # arguments in which the runs of one row may differ
 SAME = {"env", "data", "seed", "device", "compile", "run_dir", "quick", "log_every", "checkpoint_every", "flow", "consistency"}
 
@@ -81,7 +81,7 @@ def read_table(path: Path) -> list[dict]:
 
 
 def read(source: Path) -> list[dict]:
-    """The runs of a source; evaluations are [(policy updates, score)]."""
+    """The runs of a source; evaluations are [(policy updates, score)], and `final` is the mean of the last five."""
     runs = []
     folders = [result.parent for result in sorted(source.rglob("result.json"))]
     for path in folders or sorted(source.rglob("results.csv")) or [source]:
@@ -91,9 +91,9 @@ def read(source: Path) -> list[dict]:
                 # Steps count all stages, of which the policy's updates are the last total_steps; their end is evaluated.
                 before = run["evaluations"][-1][0] - run["arguments"]["total_steps"] if run["evaluations"] else 0
                 run["evaluations"] = [(step - before, score) for step, score in run["evaluations"]]
-                if run.get("final_score") not in (None, ""):  # it was evaluated
-                    run |= {name: float(run[f"{name}_score"]) for name in ("final", "last", "best")}
-                    run["episodes"] = run["arguments"]["eval_episodes"] * len(run["evaluations"][-5:])
+                if scores := [score for step, score in run["evaluations"] if step > 0]:
+                    run |= {"final": float(np.mean(scores[-5:])), "last": scores[-1], "best": max(scores)}
+                    run["episodes"] = run["arguments"]["eval_episodes"] * len(scores[-5:])
         except (OSError, KeyError, TypeError, ValueError) as error:
             sys.exit(f"error: {path} is neither a table of sweep.py nor a folder with finished runs ({error!r:.100})")
         runs += found
@@ -192,7 +192,7 @@ def published_tables(rows: list[dict], columns: list[str], path: Path | None = N
             for column in columns:
                 if strip_version(column) == row["task"]:
                     text = f"{row['score']} ± {row['std']}" if row["std"] else row["score"]
-                    version = "" if column.endswith(f"-{row['version'] or '?'}") else f" ({row['version'] or 'v?'})"
+                    version = "" if column.endswith(f"-{row['version']}") else f" ({row['version']})"
                     cells[row["method"], row["paper"]][column] = text + version
     if path:
         head = ({"method": method, "printed by": paper} for method, paper in cells)

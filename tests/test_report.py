@@ -10,6 +10,7 @@ import pytest
 
 import cped
 import dac
+import qdq
 from common import TASKS
 
 for name in ("matplotlib", "pandas", "rliable"):  # in benchmarks/requirements.txt
@@ -30,8 +31,6 @@ def write_run(root, scores, algorithm="dac", seed=0, dataset=HOPPER, env="hopper
     steps = [10 * i for i in range(len(scores))]
     arguments = {"env": env, "seed": seed, "total_steps": steps[-1] if steps else 10, "eval_episodes": 4} | arguments
     result = {"algorithm": algorithm, "env": env, "seed": seed, "dataset": dataset, "sha256": "ab" * 32}
-    if scores:
-        result |= {"final_score": float(np.mean(scores[-5:])), "last_score": scores[-1], "best_score": max(scores)}
     result |= {"updates": before + arguments["total_steps"], "seconds": 60.0, "versions": {}}
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "args.json").write_text(json.dumps({"args": arguments, "dataset": {"mean_score": 17.5}}))
@@ -78,20 +77,24 @@ def test_the_bootstrap_is_stratified():
     assert (report.interval(scores, 200, lambda x: np.array([x.mean()])) == 50).all()
 
 
-SCRIPTS = [  # one stage, and a stage before the policy's
+SCRIPTS = [  # one stage, and stages before the policy's
     (dac, ["--hidden-dim", "16", "--num-critics", "2", "--num-next-actions", "1", "--num-eval-actions", "1"]),
     (cped, ["--flow-steps", "20", "--flow-hidden-dim", "16"]),
+    (qdq, ["--teacher-steps", "2", "--student-steps", "2", "--hidden-dim", "32"]),
 ]
 
 
 @pytest.mark.parametrize(("script", "flags"), SCRIPTS)
 def test_folders_of_the_scripts_are_read(script, flags, dataset, tmp_path):
-    common = ["--env", "hopper-medium", "--data", str(dataset), "--run-dir", str(tmp_path), "--total-steps", "6"]
-    result = script.main([*common, *flags, "--eval-every", "1", "--eval-episodes", "2"])
+    common = ["--env", "hopper-medium", "--data", str(dataset), "--run-dir", str(tmp_path), "--total-steps", "3"]
+    result = script.main([*common, *flags, "--eval-every", "1", "--eval-episodes", "1"])
     (run,) = report.read(tmp_path)
-    assert [step for step, _ in run["evaluations"]] == [0, 1, 2, 3, 4, 5, 6]
-    assert run["final"] == pytest.approx(result["final_score"]) and run["last"] == result["last_score"]
-    assert (run["dataset"], run["episodes"]) == ("file/small.hdf5", 10)
+    assert [step for step, _ in run["evaluations"]] == [0, 1, 2, 3]
+    assert result["final_score"] == pytest.approx(
+        np.mean([score for _, score in run["evaluations"][1:]])
+    )  # without the untrained
+    assert [run[name] for name in ("final", "last", "best")] == [result[f"{name}_score"] for name in ("final", "last", "best")]
+    assert (run["dataset"], run["episodes"]) == ("file/small.hdf5", 3)
 
 
 def test_kinds_of_data_are_never_mixed(tmp_path):
@@ -121,7 +124,7 @@ def test_published_rows_of_the_same_task_stand_below_ours(tmp_path):
     write_run(tmp_path, [0, 1, 2], dataset="d4rl/antmaze-umaze-v2", env="antmaze-umaze")
     make(tmp_path)
     cells = {(row["method"], row["printed by"]): row["antmaze-umaze-v2"] for row in table(tmp_path / "page/beside-published.csv")}
-    assert cells["**dac**", "here"] == "**1.0**"
+    assert cells["**dac**", "here"] == "**1.5**"
     assert cells["DAC", "DAC"] == "99.5 ± 0.9 (v0)" and cells["CPED", "CPED"] == "96.8 ± 2.6"
     assert cells["IQL", "DAC"] == "87.5 (v0)" and cells["IQL", "CPED"] == "89.6"
 
@@ -151,7 +154,7 @@ def test_aggregates_over_tasks(tmp_path):
         for algorithm, level in (("dac", 60), ("cped", 40)):
             for seed in range(3):
                 score = finals[algorithm, i, seed] = level + 10 * i + seed
-                write_run(tmp_path, [score] * 3, algorithm, seed, f"d4rl/{env}-v2", env)
+                write_run(tmp_path, [0, score, score], algorithm, seed, f"d4rl/{env}-v2", env)
     write_run(tmp_path, [0, 1, 1], "qdq", 0, f"d4rl/{TASKS[0]}-v2", TASKS[0])
     page = make(tmp_path)
     rows = {(row["metric"], row["algorithm"]): row for row in table(tmp_path / "page" / "aggregates-d4rl.csv")}
@@ -171,8 +174,7 @@ def test_a_results_table_says_the_same_as_the_folders_and_the_page_is_reproducib
     rows = []
     for run in report.read(tmp_path / "runs"):
         texts = {key: json.dumps(run[key]) for key in ("arguments", "evaluations", "seed", "behaviour")}
-        same = ("algorithm", "env", "dataset", "sha256", "final_score", "last_score", "best_score")
-        rows.append({key: run[key] for key in same} | texts)
+        rows.append({key: run[key] for key in ("algorithm", "env", "dataset", "sha256")} | texts)
     report.write_csv(tmp_path / "sweep.csv", rows)
     page = make(tmp_path, tmp_path / "runs")
     curves = (tmp_path / "page" / "curves-d4rl.svg").read_bytes()
@@ -193,11 +195,11 @@ def test_recorded_runs_need_no_folders_and_lead_to_their_commands(tmp_path):
     page = make(tmp_path, tmp_path / "results")
     rows = table(tmp_path / "page" / "results-d4rl.csv")
     assert [(row["algorithm"], row["seeds"], row["final_mean"]) for row in rows] == [
-        ("dac", "1", "1.0"),  # no README, no link
-        ("dac (first)", "2", "1.1667"),
-        ("dac strong (first)", "1", "4.6667"),
+        ("dac", "1", "1.5"),  # no README, no link
+        ("dac (first)", "2", "1.75"),
+        ("dac strong (first)", "1", "7.0"),
     ]
-    assert "| dac strong [(first)](results/first) | 20 | 1 | 12 | 4.7 |" in page and "| 17.5 | dac | 20 |" in page
+    assert "| dac strong [(first)](results/first) | 20 | 1 | 8 | 7.0 |" in page and "| 17.5 | dac | 20 |" in page
     assert {path.name for path in kept.glob("*.csv")} == {
         "results.csv",
         "hopper-medium-replay-dac-seed0.csv",

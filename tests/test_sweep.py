@@ -80,6 +80,17 @@ def test_jobs_are_all_combinations_seed_by_seed_with_flags_for_each_script(folde
     assert not {"run_dir", "resume", "device", "flow"} & (jobs[0].args.keys() | jobs[1].args.keys())
 
 
+def test_a_path_with_a_star_is_the_newest_that_fits(folder):
+    for time_of_start in ("1", "3", "2"):
+        Path(f"runs/hopper-medium/cped/seed0-{time_of_start}").mkdir(parents=True)
+    first, second = plan(
+        "", algorithms=("cped",), envs=("hopper-medium", "walker2d-medium"), cped_flags="--flow runs/{env}/cped/s*"
+    )
+    assert first.flags == ["--flow", "runs/hopper-medium/cped/seed0-3"]
+    assert second.flags == ["--flow", "runs/walker2d-medium/cped/s*"]  # there is none: the script will say so
+    assert "flow" not in first.args  # a run with its own flow is as good
+
+
 @pytest.mark.parametrize("flags", ["--seed 3", "--env walker2d-medium", "--run-dir elsewhere", "--critic-lr -1"])
 def test_flags_that_are_the_sweeps_own_or_wrong_are_refused_before_anything_runs(folder, flags):
     with pytest.raises(sweep.UserError, match=r"not for --flags|must be 0 or more") as refusal:
