@@ -232,14 +232,14 @@ def draw_curves(places: dict, colours: dict[str, tuple], path: Path, reps: int) 
 
 
 def draw_profiles(scores: dict[str, np.ndarray], colours: dict[str, tuple], path: Path, reps: int) -> None:
-    levels = np.linspace(0, max(100, *(x.max() for x in scores.values())), 101)
+    levels = np.linspace(0, 1.05 * max(1, *(x.max() for x in scores.values())), 101)
     figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
     profiles, ends = library.create_performance_profile(scores, levels, reps=reps)
     for label in scores:
         axis.plot(levels, profiles[label], color=colours[label], label=label)
         axis.fill_between(levels, *ends[label], color=colours[label], alpha=0.2, linewidth=0)
     axis.set(xlabel="score", ylabel="share of runs with a higher score")
-    axis.legend()
+    axis.legend(frameon=False)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
