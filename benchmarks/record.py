@@ -22,6 +22,7 @@ import tyro
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "record"  # the same runs give the same file
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import EngFormatter  # noqa: E402
 
 # those of a sweep's table; evaluations: pairs [update of all stages, score]
 COLUMNS = ("env", "algorithm", "label", "seed", "dataset", "sha256", "behaviour", "updates", "final_score", "last_score")
@@ -74,17 +75,18 @@ def main(args: Args) -> None:
     figure, axes = plt.subplots(len(tasks), len(args.panels), figsize=(4 * len(args.panels), 3 * len(tasks)), squeeze=False)
     for line, (task, curves) in zip(axes, sorted(tasks.items())):
         for axis, panel in zip(line, args.panels):
-            for label, behaviour, rows in curves:
+            for i, (label, behaviour, rows) in enumerate(curves):
                 points = [(int(row["step"]), float(row[panel])) for row in rows if row.get(panel)]
                 if points:
-                    axis.plot(*zip(*points), label=label, linewidth=1)
+                    axis.plot(*zip(*points), color=f"C{i}", label=label, linewidth=1)
                 if panel == "eval/normalized_score" and behaviour is not None:
                     axis.axhline(behaviour, color="grey", linestyle=":", linewidth=1)
-            axis.set(title=panel, xlabel="updates", ylabel=task if axis is line[0] else None)
+            axis.set(title=panel, xlabel="updates of all stages", ylabel=task if axis is line[0] else None)
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             if panel in ("train/eta", "train/lagrange"):
                 axis.set_yscale("log")
-        line[0].legend(fontsize=7)
-    figure.suptitle("grey: mean score of the data", fontsize=8)
+        line[-1].legend(*line[0].get_legend_handles_labels(), fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle("dotted: mean score of the data", fontsize=8)
     figure.tight_layout()
     figure.savefig(args.out / "curves.svg", metadata={"Date": None})
 
