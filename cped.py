@@ -562,7 +562,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
 
     # result
-    scores = [row.get("eval/normalized_score", row["eval/return"]) for row in rows if "eval/return" in row]
+    scores = [row.get("eval/normalized_score", row["eval/return"]) for row in rows if "eval/return" in row][1:]  # trained
     result = {"algorithm": ALGORITHM, "env": args.env, "seed": args.seed, "dataset": info["id"], "sha256": info["sha256"]}
     result |= {"updates": step, "seconds": seconds + time.perf_counter() - started, "versions": info["versions"]}
     if scores:

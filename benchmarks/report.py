@@ -1,11 +1,12 @@
 """Finished runs beside the published scores: tables, intervals, learning curves and aggregates on one page.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/report.py benchmarks/results/sweep.csv runs --out benchmarks/REPORT.md
+    python benchmarks/report.py benchmarks/results --out benchmarks/REPORT.md
 
-Takes tables written by sweep.py, run folders, and folders that hold some. Writes the page and, in a folder beside it that is
-named after it, its tables as CSV and its pictures. D4RL, bundled, own and Minari data never share a table or a picture, and
-only D4RL's stand beside published scores. Runs are seeds of one row if their arguments differ in nothing else.
+Takes run folders, tables written by sweep.py or record.py, and folders that hold some: run folders or, where there are none,
+tables named results.csv. Writes the page and, in a folder beside it that is named after it, its tables as CSV and its pictures.
+D4RL, bundled, own and Minari data never share a table or a picture, and only D4RL's stand beside published scores. Runs are
+seeds of one row if they have one label and record, and their arguments differ in nothing else.
 
 Shapes: S runs (seeds), T tasks. The score of a run is the mean of its last five evaluations, as the papers report it.
 """
@@ -17,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
+from os.path import relpath
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -26,24 +28,31 @@ import tyro
 from rliable import library, metrics
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from record import read_run
+
 from common import TASKS, strip_version
 
 matplotlib.use("svg")
-matplotlib.rcParams |= {"svg.hashsalt": "report", "font.size": 8, "lines.linewidth": 1}  # the same runs give the same file
+matplotlib.rcParams |= {"font.size": 8, "lines.linewidth": 1, "axes.spines.top": False, "axes.spines.right": False}
+matplotlib.rcParams["svg.hashsalt"] = "report"  # the same runs give the same file
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import EngFormatter  # noqa: E402
 
 KINDS = {  # first part of a dataset's id: heading, and what a reader must know
     "d4rl": ("D4RL", "D4RL's own files, by checksum; evaluated in Gymnasium, close to D4RL's simulator but not bitwise it."),
     "bundled": ("Bundled samples", "Small datasets of this project: **not D4RL data**, not comparable with published scores."),
-    "file": ("Other files", "Stand-ins and users' own files: **not D4RL data**, not comparable with published scores."),
+    "file": ("Other files", "Stand-ins and own files, whatever their names: **not D4RL data**, not comparable with its scores."),
     "minari": ("Minari", "Scores by a dataset's own reference returns, raw returns where it has none: not D4RL scores."),
 }
-INTRODUCTION = """Made by `benchmarks/report.py`. **Mean of last five** is the mean of the last five evaluations of a run, as the
-papers report it. Last and best are single evaluations; best is picked with hindsight. ± is the population standard deviation
-over seeds, as in the papers. Brackets are 95 % stratified bootstrap intervals over seeds; with fewer than five seeds they are
-too narrow. Episodes are those behind the mean of last five, of all seeds together."""
+INTRODUCTION = """Made by `benchmarks/report.py`. **Mean of last five** is the mean of the last five evaluations of a run, of all
+where there are fewer, as the papers report it. Last and best are single evaluations; best is picked with hindsight. ± is the
+population standard deviation over seeds, as in the papers. Square brackets are 95 % stratified bootstrap intervals over seeds;
+with fewer than five seeds they are too narrow. Episodes are those behind the mean of last five, of all seeds together. The name
+in brackets behind an algorithm leads to the commands that made its row."""
+PUBLISHED = """What the papers print, on D4RL's own data: **no row above can be compared with these**. Sources are in
+`published.csv`. A version in brackets is that of the row where it is not the column's."""
 BESIDE = """Ours in bold, then the papers' own rows; their sources are in `published.csv`. A version in brackets is that of the
-published row where it is not the column's (v?: not known)."""
+published row where it is not the column's."""
 # arguments in which the runs of one row may differ
 SAME = {"env", "data", "seed", "device", "compile", "run_dir", "quick", "log_every", "checkpoint_every", "flow", "consistency"}
 
@@ -63,27 +72,21 @@ class Place(NamedTuple):
     sha256: str
 
 
-def read_folder(folder: Path) -> dict:
-    """A run as dac.py, qdq.py and cped.py leave it, in the columns of a results table."""
-    result, facts = (json.loads((folder / name).read_text()) for name in ("result.json", "args.json"))
-    with (folder / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row.get("eval/return")]
-    evaluations = [(int(row["step"]), float(row.get("eval/normalized_score") or row["eval/return"])) for row in rows]
-    return result | {"arguments": facts["args"], "evaluations": evaluations, "behaviour": facts["dataset"]["mean_score"]}
-
-
 def read_table(path: Path) -> list[dict]:
     with path.open() as file:
         rows = [{"behaviour": "null"} | row for row in csv.DictReader(file)]
-    return [row | {key: json.loads(row[key]) for key in ("seed", "arguments", "evaluations", "behaviour")} for row in rows]
+    record = {"record": path.parent} if path.with_name("README.md").exists() else {}  # which holds the commands
+    json_columns = ("seed", "arguments", "evaluations", "behaviour")
+    return [row | record | {name: json.loads(row[name]) for name in json_columns} for row in rows]
 
 
 def read(source: Path) -> list[dict]:
     """The runs of a source; evaluations are [(policy updates, score)], and `final` is the mean of the last five."""
     runs = []
-    for path in [result.parent for result in sorted(source.rglob("result.json"))] or [source]:
+    folders = [result.parent for result in sorted(source.rglob("result.json"))]
+    for path in folders or sorted(source.rglob("results.csv")) or [source]:
         try:
-            found = read_table(path) if path.is_file() else [read_folder(path)]
+            found = read_table(path) if path.is_file() else [read_run(path)]
             for run in found:
                 # Steps count all stages, of which the policy's updates are the last total_steps; their end is evaluated.
                 before = run["evaluations"][-1][0] - run["arguments"]["total_steps"] if run["evaluations"] else 0
@@ -98,22 +101,23 @@ def read(source: Path) -> list[dict]:
 
 
 def arrange(runs: list[dict]) -> tuple[dict[Place, dict[str, list[dict]]], list[str]]:
-    """{place: {label: runs by seed}}, and in words what was left out. A label names the arguments that tell rows apart."""
+    """{place: {label: runs by seed}}, and in words what was left out. A label names what tells rows apart."""
     families, left_out = defaultdict(list), []
     for run in runs:
         task = strip_version(run["env"]) if strip_version(run["env"]) in TASKS else run["env"]
-        name = run["algorithm"] + (" --quick" if run["arguments"].get("quick") else "")
+        name = " ".join(filter(None, (run["algorithm"], run.get("label"), run["arguments"].get("quick") and "--quick")))
         if "final" in run:
-            families[Place(task, run["dataset"], run["sha256"]), name].append(run)
+            families[Place(task, run["dataset"], run["sha256"]), name, run.get("record")].append(run)
         else:
             left_out.append(f"{name} on {run['dataset']}, seed {run['seed']}: not evaluated")
     places = defaultdict(lambda: defaultdict(dict))
-    for (place, name), family in families.items():
+    for (place, name, record), family in families.items():
         names = set().union(*(run["arguments"] for run in family)) - SAME
-        values = {key: {json.dumps(run["arguments"].get(key)) for run in family} for key in names}
+        values = {key: {json.dumps(run["arguments"][key]) for run in family if key in run["arguments"]} for key in names}
         differing = sorted(key for key in names if len(values[key]) > 1)
         for run in family:
             label = ", ".join([name, *(f"{key} {run['arguments'].get(key)}" for key in differing)])
+            label += f" ({record.name})" if record else ""
             if run["seed"] in places[place][label]:
                 left_out.append(f"{label} on {place.dataset}, seed {run['seed']}: given twice, the later one counts")
             places[place][label][run["seed"]] = run
@@ -133,6 +137,7 @@ def interval(scores, reps: int, statistic: Callable = lambda scores: scores.mean
 def summarise(place: Place, label: str, runs: list[dict], reps: int) -> dict:
     row = place._asdict() | {"algorithm": label, "policy_updates": runs[0]["arguments"]["total_steps"], "seeds": len(runs)}
     row["episodes"] = sum(run["episodes"] for run in runs)
+    row |= {name: runs[0].get(name) for name in ("behaviour", "record")}
     for name in ("final", "last", "best"):
         scores = np.array([run[name] for run in runs])
         row |= {f"{name}_mean": scores.mean(), f"{name}_std": scores.std() if len(runs) > 1 else None}
@@ -161,19 +166,24 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()} for row in rows)
 
 
-def results_table(rows: list[dict]) -> str:
-    lines = []
+def results_table(rows: list[dict], page: Path) -> str:
+    lines, above = [], None
     for row in rows:
-        lines.append([row["task"], f"`{row['dataset']}` {row['sha256'][:8]}", row["algorithm"], f"{row['policy_updates']:,}"])
+        mean = "" if row["behaviour"] is None else f"{row['behaviour']:.1f}"
+        place = (row["task"], f"`{row['dataset']}` {row['sha256'][:8]}", mean)
+        label, record = row["algorithm"], row["record"]
+        if record:
+            label = f"{label.removesuffix(f'({record.name})')}[({record.name})]({relpath(record, page.parent)})"
+        lines.append([*(place if place != above else ("", "", "")), label, f"{row['policy_updates']:,}"])
         lines[-1] += [row["seeds"], row["episodes"], plus_minus(row, "final"), bracket(row["final_low"], row["final_high"])]
         lines[-1] += [plus_minus(row, "last"), plus_minus(row, "best")]
-    names = ["task", "data, SHA-256", "algorithm", "policy updates", "seeds", "episodes", "mean of last five", "95 % interval"]
-    return markdown([*names, "last", "best"], lines)
+        above = place
+    names = ["task", "data, SHA-256", "data's mean", "algorithm", "policy updates", "seeds", "episodes", "mean of last five"]
+    return markdown([*names, "95 % interval", "last", "best"], lines)
 
 
-def published_table(rows: list[dict], folder: Path) -> str:
-    """Rows on D4RL data in bold, and under them what the papers print for the same tasks."""
-    columns = list(dict.fromkeys(row["dataset"].removeprefix("d4rl/") for row in rows))
+def published_tables(rows: list[dict], columns: list[str], path: Path | None = None) -> str:
+    """Our rows on D4RL data in bold, and under them what the papers print for the same tasks: locomotion, then AntMaze."""
     cells = defaultdict(dict)  # {(method, printed by): {column: text}}
     for row in rows:
         cells[f"**{row['algorithm']}**", "here"][row["dataset"].removeprefix("d4rl/")] = f"**{plus_minus(row, 'final')}**"
@@ -182,19 +192,25 @@ def published_table(rows: list[dict], folder: Path) -> str:
             for column in columns:
                 if strip_version(column) == row["task"]:
                     text = f"{row['score']} ± {row['std']}" if row["std"] else row["score"]
-                    version = "" if column.endswith(f"-{row['version'] or '?'}") else f" ({row['version'] or 'v?'})"
+                    version = "" if column.endswith(f"-{row['version']}") else f" ({row['version']})"
                     cells[row["method"], row["paper"]][column] = text + version
-    lines = [[*key, *(texts.get(column, "") for column in columns)] for key, texts in cells.items()]
-    header = ["method", "printed by", *columns]
-    write_csv(folder / "beside-published.csv", [dict(zip(header, line)) for line in lines])
-    return markdown(header, lines)
+    if path:
+        head = ({"method": method, "printed by": paper} for method, paper in cells)
+        write_csv(path, [names | {c: texts.get(c, "") for c in columns} for names, texts in zip(head, cells.values())])
+    tables = []
+    for mazes in (False, True):
+        own = [column for column in columns if column.startswith("antmaze") == mazes]
+        lines = [[*key, *(texts.get(column, "") for column in own)] for key, texts in cells.items() if texts.keys() & set(own)]
+        tables += [markdown(["method", "printed by", *own], lines)] if own else []
+    return "\n\n".join(tables)
 
 
 def draw_curves(places: dict, colours: dict[str, tuple], path: Path, reps: int) -> None:
     """A panel per place: means over seeds, their pointwise 95 % intervals and, dotted, the mean score of the data."""
     width = min(3, len(places))
     figure, axes = plt.subplots(-(-len(places) // width), width, squeeze=False, layout="constrained")
-    figure.set_size_inches(4 * width, 2.8 * len(axes) + 0.2 * len(colours))
+    columns = max(1, int(4 * width / (0.5 + 0.065 * max(map(len, colours)))))  # of the legend; in inches a line and its label
+    figure.set_size_inches(4 * width, 2.8 * len(axes) + 0.2 * -(-len(colours) // columns))
     for axis in axes.flat[len(places) :]:
         axis.axis("off")
     for axis, (place, own) in zip(axes.flat, places.items()):
@@ -208,21 +224,22 @@ def draw_curves(places: dict, colours: dict[str, tuple], path: Path, reps: int) 
         for behaviour in {run["behaviour"] for runs in own.values() for run in runs if run.get("behaviour")}:
             axis.axhline(behaviour, color="grey", linestyle=":")
         axis.set(title=f"{place.task}\n{place.dataset} {place.sha256[:8]}", xlabel="policy updates", ylabel="score")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     lines = [plt.Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
-    figure.legend(handles=lines, loc="outside lower center", ncols=1 if max(map(len, colours)) > 20 else 2 * width)
+    figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 
 def draw_profiles(scores: dict[str, np.ndarray], colours: dict[str, tuple], path: Path, reps: int) -> None:
-    levels = np.linspace(0, max(100, *(x.max() for x in scores.values())), 101)
+    levels = np.linspace(0, 1.05 * max(1, *(x.max() for x in scores.values())), 101)
     figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
     profiles, ends = library.create_performance_profile(scores, levels, reps=reps)
     for label in scores:
         axis.plot(levels, profiles[label], color=colours[label], label=label)
         axis.fill_between(levels, *ends[label], color=colours[label], alpha=0.2, linewidth=0)
     axis.set(xlabel="score", ylabel="share of runs with a higher score")
-    axis.legend()
+    axis.legend(frameon=False)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
@@ -272,8 +289,8 @@ def main(args: Args) -> None:
     folder = args.out.parent / args.out.stem.lower()
     folder.mkdir(parents=True, exist_ok=True)
     page = ["# Results", INTRODUCTION]
-    if not any(place.dataset.startswith("d4rl/") for place in places):
-        page.append("No run on D4RL's own files so far: nothing here stands beside the papers' tables.")
+    if not (on_d4rl := any(place.dataset.startswith("d4rl/") for place in places)):
+        page.append("No run on D4RL's own files so far: the papers' scores stand apart, at the end.")
     for kind in [*KINDS, *sorted({place.dataset.split("/")[0] for place in places} - KINDS.keys())]:
         own = {place: by_label for place, by_label in places.items() if place.dataset.split("/")[0] == kind}
         if not own:
@@ -283,13 +300,17 @@ def main(args: Args) -> None:
         colours = {label: palette[i % len(palette)] for i, label in enumerate(labels)}
         rows = [summarise(place, label, seeds, args.reps) for place, by_label in own.items() for label, seeds in by_label.items()]
         write_csv(folder / f"results-{kind}.csv", rows)
-        page += ["## {}\n\n{}".format(*KINDS.get(kind, (kind, "Not comparable with published scores."))), results_table(rows)]
+        page += ["## {}\n\n{}".format(*KINDS.get(kind, (kind, "Not comparable with published scores.")))]
+        page += [results_table(rows, args.out)]
         if kind == "d4rl":
-            page += ["### Beside published scores", BESIDE, published_table(rows, folder)]
+            columns = list(dict.fromkeys(row["dataset"].removeprefix("d4rl/") for row in rows))
+            page += ["### Beside published scores", BESIDE, published_tables(rows, columns, folder / "beside-published.csv")]
         draw_curves(own, colours, folder / f"curves-{kind}.svg", args.reps)
         page += [f"### Learning curves\n\n![learning curves]({folder.name}/curves-{kind}.svg)"]
         page += ["Means over seeds with 95 % intervals; dotted: the mean score of the data."]
         page += ["### All tasks together", aggregates(own, colours, folder, kind, args.reps)]
+    if not on_d4rl:
+        page += ["## Published scores", PUBLISHED, published_tables([], [f"{task}-v2" for task in TASKS])]
     page += ["## Left out\n\n" + "\n".join(f"* {line}" for line in left_out)] if left_out else []
     args.out.write_text("\n\n".join(page) + "\n")
     print(f"{args.out}: {len(runs)} runs on {len(places)} datasets")

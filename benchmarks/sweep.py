@@ -12,6 +12,7 @@ The machines of a cluster need this repository, its Python packages, the data an
 import contextlib
 import csv
 import fcntl
+import glob
 import importlib
 import itertools
 import json
@@ -50,7 +51,8 @@ class Args:
     envs: tuple[str, ...]  # tasks
     algorithms: tuple[Literal["dac", "qdq", "cped"], ...] = ("dac", "qdq", "cped")  # scripts
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the runs
-    # for all scripts, written with an equals sign: --flags="--total-steps 30000"; {env} in it stands for the task
+    # for all scripts, written with an equals sign: --flags="--total-steps 30000"; {env} in it stands for the task, a path with *
+    # for the newest that fits: --cped-flags="--flow runs/{env}/cped/seed0-*" reuses the flow of each task's seed 0
     flags: str = ""
     dac_flags: str = ""  # for dac.py alone
     qdq_flags: str = ""  # for qdq.py alone
@@ -86,6 +88,7 @@ def plan(args: Args) -> list[Job]:
     for seed, env, algorithm in dict.fromkeys(itertools.product(args.seeds, args.envs, args.algorithms)):
         script = importlib.import_module(algorithm)
         flags = shlex.split(f"{args.flags} {getattr(args, f'{algorithm}_flags')}".replace("{env}", env))
+        flags = [max(glob.glob(flag), default=flag) if "*" in flag else flag for flag in flags]
         own = ["--env", env, "--seed", str(seed), "--run-dir", str(args.run_dir)]
         resolved, state = script.parse_args([*own, *flags])
         if state or (resolved.env, resolved.seed, resolved.run_dir) != (env, seed, args.run_dir):
@@ -218,8 +221,10 @@ def run_all(jobs: list[Job], args: Args, table: Path) -> list[Job]:
         if ":" in (args.address or ""):  # Ray itself would try for minutes
             socket.create_connection(args.address.removeprefix("ray://").rsplit(":", 1), timeout=5).close()
         ray.init(args.address or "local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"Ray at --address {args.address} cannot be used ({str(error).splitlines()[0]:.200})") from None
+    except Exception as error:  # Ray's are of many kinds; on a machine that is too busy a bare Exception after 30 seconds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        where = f"at --address {args.address} cannot be used" if args.address else "cannot be started here"
+        raise UserError(f"Ray {where} ({reason:.200}); the same command tries again") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     shares = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = min(1, max(share.get("GPU", 0) for share in shares)) if args.gpus is None else args.gpus

@@ -10,12 +10,14 @@ import pytest
 
 import cped
 import dac
+import qdq
 from common import TASKS
 
 for name in ("matplotlib", "pandas", "rliable"):  # in benchmarks/requirements.txt
     pytest.importorskip(name)
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import record  # noqa: E402
 import report  # noqa: E402
 
 sys.path.remove(str(BENCHMARKS))
@@ -29,6 +31,7 @@ def write_run(root, scores, algorithm="dac", seed=0, dataset=HOPPER, env="hopper
     steps = [10 * i for i in range(len(scores))]
     arguments = {"env": env, "seed": seed, "total_steps": steps[-1] if steps else 10, "eval_episodes": 4} | arguments
     result = {"algorithm": algorithm, "env": env, "seed": seed, "dataset": dataset, "sha256": "ab" * 32}
+    result |= {"updates": before + arguments["total_steps"], "seconds": 60.0, "versions": {}}
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "args.json").write_text(json.dumps({"args": arguments, "dataset": {"mean_score": 17.5}}))
     rows = [f"{before + step},,{30 * score},{score}" for step, score in zip(steps, scores)]
@@ -74,20 +77,24 @@ def test_the_bootstrap_is_stratified():
     assert (report.interval(scores, 200, lambda x: np.array([x.mean()])) == 50).all()
 
 
-SCRIPTS = [  # one stage, and a stage before the policy's
+SCRIPTS = [  # one stage, and stages before the policy's
     (dac, ["--hidden-dim", "16", "--num-critics", "2", "--num-next-actions", "1", "--num-eval-actions", "1"]),
     (cped, ["--flow-steps", "20", "--flow-hidden-dim", "16"]),
+    (qdq, ["--teacher-steps", "2", "--student-steps", "2", "--hidden-dim", "32"]),
 ]
 
 
 @pytest.mark.parametrize(("script", "flags"), SCRIPTS)
 def test_folders_of_the_scripts_are_read(script, flags, dataset, tmp_path):
-    common = ["--env", "hopper-medium", "--data", str(dataset), "--run-dir", str(tmp_path), "--total-steps", "6"]
-    result = script.main([*common, *flags, "--eval-every", "1", "--eval-episodes", "2"])
+    common = ["--env", "hopper-medium", "--data", str(dataset), "--run-dir", str(tmp_path), "--total-steps", "3"]
+    result = script.main([*common, *flags, "--eval-every", "1", "--eval-episodes", "1"])
     (run,) = report.read(tmp_path)
-    assert [step for step, _ in run["evaluations"]] == [0, 1, 2, 3, 4, 5, 6]
-    assert run["final"] == pytest.approx(result["final_score"]) and run["last"] == result["last_score"]
-    assert (run["dataset"], run["episodes"]) == ("file/small.hdf5", 10)
+    assert [step for step, _ in run["evaluations"]] == [0, 1, 2, 3]
+    assert result["final_score"] == pytest.approx(
+        np.mean([score for _, score in run["evaluations"][1:]])
+    )  # without the untrained
+    assert [run[name] for name in ("final", "last", "best")] == [result[f"{name}_score"] for name in ("final", "last", "best")]
+    assert (run["dataset"], run["episodes"]) == ("file/small.hdf5", 3)
 
 
 def test_kinds_of_data_are_never_mixed(tmp_path):
@@ -106,7 +113,10 @@ def test_kinds_of_data_are_never_mixed(tmp_path):
 def test_without_d4rl_rows_nothing_stands_beside_published_scores(tmp_path):
     write_run(tmp_path, [0, 1, 2], dataset="bundled/hopper-medium-replay")
     page = make(tmp_path)
-    assert "No run on D4RL's own files so far" in page and "103.1" not in page
+    ours, published = page.split("## Published scores")
+    assert "No run on D4RL's own files so far" in ours and "103.1" not in ours
+    assert "| DAC | DAC | 101.2 ± 2.0 | 103.1 ± 0.3 |" in published and "dac" not in published  # all that is known, apart
+    assert "| CPED | CPED | 96.8 ± 2.6 |" in published and "bundled" not in published
     assert not (tmp_path / "page" / "beside-published.csv").exists()
 
 
@@ -170,6 +180,35 @@ def test_a_results_table_says_the_same_as_the_folders_and_the_page_is_reproducib
     curves = (tmp_path / "page" / "curves-d4rl.svg").read_bytes()
     assert make(tmp_path, tmp_path / "sweep.csv") == page
     assert (tmp_path / "page" / "curves-d4rl.svg").read_bytes() == curves
+
+
+def test_recorded_runs_need_no_folders_and_lead_to_their_commands(tmp_path):
+    """record.py keeps all that the page says of a run; labels and records tell rows apart, whatever else differs in them."""
+    folders = [
+        write_run(tmp_path / "runs", [0, 1, 2 + seed], seed=seed, before=100, data="/home/me/hopper.hdf5") for seed in (0, 1)
+    ]
+    folders += [write_run(tmp_path / "runs", [0, 5, 9], seed=0, eta=2.0, rho=1.5)]
+    kept = tmp_path / "results" / "first"
+    record.main(record.Args(tuple(folders), kept, ("", "", "strong"), ("eval/normalized_score",)))
+    (kept / "README.md").write_text("the commands")
+    record.main(record.Args((folders[0],), tmp_path / "results" / "second", (), ("eval/normalized_score",)))
+    page = make(tmp_path, tmp_path / "results")
+    rows = table(tmp_path / "page" / "results-d4rl.csv")
+    assert [(row["algorithm"], row["seeds"], row["final_mean"]) for row in rows] == [
+        ("dac", "1", "1.5"),  # no README, no link
+        ("dac (first)", "2", "1.75"),
+        ("dac strong (first)", "1", "7.0"),
+    ]
+    assert "| dac strong [(first)](results/first) | 20 | 1 | 8 | 7.0 |" in page and "| 17.5 | dac | 20 |" in page
+    assert {path.name for path in kept.glob("*.csv")} == {
+        "results.csv",
+        "hopper-medium-replay-dac-seed0.csv",
+        "hopper-medium-replay-dac-seed1.csv",
+        "hopper-medium-replay-dac-strong-seed0.csv",
+    }
+    assert "/home/me" not in (kept / "results.csv").read_text()
+    with pytest.raises(SystemExit, match=r"is the second hopper-medium-replay-dac-seed0.csv: --labels"):
+        record.main(record.Args((folders[0], folders[2]), kept))
 
 
 @pytest.mark.parametrize("content", [None, "", "env,algorithm\nhopper-medium,dac\n", "seed,arguments,evaluations\n0,{,[]\n"])

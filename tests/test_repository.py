@@ -124,3 +124,11 @@ def test_bundled_samples_are_those_of_their_readme():
 def test_no_placeholder_is_left_in_the_documents():
     for path in [ROOT / "README.md", *ROOT.glob("benchmarks/**/*.md")]:
         assert not re.search(r"^(RESULTS|TABLE|TODO)", path.read_text(), re.M), path
+
+
+def test_every_record_has_its_commands_and_is_in_the_report():
+    report = (ROOT / "benchmarks" / "REPORT.md").read_text()
+    records = [path.parent for path in ROOT.glob("benchmarks/results/*/results.csv")]
+    assert len(records) >= 4
+    for record in records:
+        assert "python " in (record / "README.md").read_text() and f"[({record.name})](results/{record.name})" in report

@@ -2,18 +2,22 @@
 
 import contextlib
 import csv
+import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
 pytest.importorskip("rich", reason="needs benchmarks/requirements.txt")
 
@@ -78,6 +82,26 @@ def test_jobs_are_all_combinations_seed_by_seed_with_flags_for_each_script(folde
     assert jobs[3].flags == ["--data", "walker2d-medium.hdf5", "--quick", "--no-eval"]
     assert (jobs[0].args["rho"], jobs[0].args["seed"], jobs[0].args["num_critics"]) == (0.25, 1, 2)  # typed, own, of --quick
     assert not {"run_dir", "resume", "device", "flow"} & (jobs[0].args.keys() | jobs[1].args.keys())
+
+
+def test_a_path_with_a_star_is_the_newest_that_fits(folder):
+    for time_of_start in ("1", "3", "2"):
+        Path(f"runs/hopper-medium/cped/seed0-{time_of_start}").mkdir(parents=True)
+    first, second = plan(
+        "", algorithms=("cped",), envs=("hopper-medium", "walker2d-medium"), cped_flags="--flow runs/{env}/cped/s*"
+    )
+    assert first.flags == ["--flow", "runs/hopper-medium/cped/seed0-3"]
+    assert second.flags == ["--flow", "runs/walker2d-medium/cped/s*"]  # there is none: the script will say so
+    assert "flow" not in first.args  # a run with its own flow is as good
+
+
+def test_the_sweeps_of_the_readme_can_be_planned():
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    commands = [line for line in text.splitlines() if line.startswith("python benchmarks/sweep.py")]
+    assert len(commands) >= 5
+    for line in commands:
+        args = tyro.cli(sweep.Args, args=shlex.split(line)[2:])
+        assert sweep.plan(dataclasses.replace(args, envs=("hopper-medium",), seeds=args.seeds[:1]))
 
 
 @pytest.mark.parametrize("flags", ["--seed 3", "--env walker2d-medium", "--run-dir elsewhere", "--critic-lr -1"])
@@ -166,6 +190,16 @@ def test_a_table_with_other_columns_is_refused(folder):
     Path("old.csv").write_text("algorithm,env\ndac,hopper-medium\n")
     with pytest.raises(sweep.UserError, match=r"old\.csv has other columns"):
         sweep.main(["--envs", "hopper-medium", "--results", "old.csv"])
+
+
+@pytest.mark.parametrize(("address", "where"), [(None, "cannot be started here"), ("127.0.0.1:1", "at --address 127.0.0.1:1 ")])
+def test_a_ray_that_cannot_be_had_is_one_sentence(address, where, folder, monkeypatch):
+    def init(*args, **kwargs):
+        raise Exception("The current node timed out during startup.\nAnd so on")  # as Ray does where the machine is too busy
+
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(init=init))
+    with pytest.raises(sweep.UserError, match=f"^Ray {where}.*the same command tries again$"):
+        sweep.run_all(plan(EVALUATED), sweep.Args(("hopper-medium",), address=address), Path("runs/results.csv"))
 
 
 # ------------------------------------------------------------------------------------------------------------ with Ray
