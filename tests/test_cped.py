@@ -223,6 +223,13 @@ def test_flow_is_a_density(flow_type):
     assert density.sum().item() * (axis[1] - axis[0]).item() ** 2 == pytest.approx(1, abs=2e-3)
 
 
+def test_density_with_more_actions_than_observations():
+    flow = CPED(1, 3, Args(flow_hidden_dim=8)).flow
+    x = torch.randn(5, 4)
+    z, log_det = flow(*x.split(2, 1))
+    near(flow.log_density(x[:, :1], x[:, 1:]), (z - 2 * torch.nn.functional.softplus(z)).sum(1) + log_det)
+
+
 def test_flow_starts_as_the_identity():
     flow = Flow(DIM, Args(flow_hidden_dim=64))
     x = torch.randn(20, DIM)
