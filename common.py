@@ -276,8 +276,9 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
             if not all(isinstance(file.get(key, getlink=True), h5py.HardLink) for key in names):
                 raise ValueError("a link in place of an array")
             parts = {key: file[key] for key in names if isinstance(file[key], h5py.Dataset)}
+            size = sum(part.nbytes for part in parts.values())
             for key, part in parts.items():  # before anything of it is read: another file's content, or more than there is memory
-                if part.external or part.is_virtual or part.shape is None or part.dtype.kind == "O" or part.nbytes > most:
+                if part.external or part.is_virtual or part.shape is None or part.dtype.kind == "O" or size > most:
                     raise ValueError(f"{key} is in another file, not of numbers or of more than {most:,} bytes")
             return {key: part[()] for key, part in parts.items()}
 
@@ -292,22 +293,22 @@ def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray],
     if not local and not answers(MINARI_HUB):  # Minari's own download would wait for ever
         raise UserError(f"{dataset_id} is not among the local Minari datasets, and {MINARI_HUB} does not answer")
     with explained(Exception, f"Minari cannot load {dataset_id}"):  # its storages and remotes raise types of their own
-        dataset = minari.load_dataset(dataset_id, download=not local)
-    metadata, box = dataset.storage.metadata, dataset.action_space
+        dataset, columns = minari.load_dataset(dataset_id, download=not local), []
+        for e in dataset.iterate_episodes():
+            obs = flatten(dataset.observation_space, e.observations)  # T + 1: the last one is the true next observation
+            columns.append((obs[:-1], e.actions, e.rewards, e.terminations, e.truncations, obs[1:]))
+        raw = dict(zip((*KEYS, "next_observations"), map(np.concatenate, zip(*columns))))
+        facts = {"obs_dim": raw["observations"].shape[1]}
     spec = (dataset._eval_env_spec or dataset.env_spec) if need_env else None  # made by Minari to fit this Gymnasium
     if need_env and spec is None:
         raise UserError(f"{dataset_id} names no environment; see --no-eval")
-    spec = spec and env_spec(spec.to_json())
-    if not isinstance(box, gym.spaces.Box) or not box.is_bounded():
+    spec, box = spec and env_spec(spec.to_json()), dataset.action_space
+    if not isinstance(box, gym.spaces.Box) or not box.is_bounded() or not (box.low < box.high).all():
         raise UserError(f"{dataset_id}: the action space is {box}, but only bounded boxes will do")
-    columns = []  # of each episode; it has T + 1 observations, for the last one is the true next observation
-    for e in dataset.iterate_episodes():
-        obs = flatten(dataset.observation_space, e.observations)
-        columns.append((obs[:-1], e.actions, e.rewards, e.terminations, e.truncations, obs[1:]))
-    raw = dict(zip((*KEYS, "next_observations"), map(np.concatenate, zip(*columns))))
-    facts = {"env": spec.to_json() if spec else None, "obs_dim": raw["observations"].shape[1]}
-    facts |= {"ref_min": metadata.get("ref_min_score"), "ref_max": metadata.get("ref_max_score")}
-    facts |= {"act_low": box.low.tolist(), "act_high": box.high.tolist()}
+    facts |= {"env": spec.to_json() if spec else None, "act_low": box.low.tolist(), "act_high": box.high.tolist()}
+    refs = [dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score")]  # anything, in somebody's file
+    usable = all(isinstance(ref, int | float) for ref in refs) and refs[0] < refs[1]
+    facts |= dict(zip(("ref_min", "ref_max"), refs if usable else (None, None)))
     return raw, Path(dataset.storage.data_path), facts
 
 
@@ -320,8 +321,7 @@ def flatten(space: gym.Space, obs) -> np.ndarray:
         return np.concatenate([flatten(space[key], obs[key]) for key in sorted(space)], axis=-1)
     if not isinstance(space, gym.spaces.Box):
         raise UserError(f"the observation space {space} is neither a box nor a dictionary of boxes")
-    obs = np.asarray(obs)
-    return obs.reshape(*obs.shape[: obs.ndim - len(space.shape)], -1)
+    return np.reshape(obs, (*np.shape(obs)[: np.ndim(obs) - len(space.shape)], -1))
 
 
 def check(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
@@ -462,8 +462,8 @@ def make_env(info: dict, **kwargs) -> gym.Env:
     if info["env"] is None:
         raise UserError("there is no environment to evaluate in: the run was trained with --no-eval")
     spec = env_spec(info["env"])
-    with explained((ImportError, gym.error.Error), f"Gymnasium cannot make {spec.id}"), warnings.catch_warnings(action="ignore"):
-        env = gym.make(spec, **kwargs)  # without a warning that there are newer ids than -v4
+    with explained(Exception, f"Gymnasium cannot make {spec.id}"), warnings.catch_warnings(action="ignore"):
+        env = gym.make(spec, **kwargs)  # with arguments out of a file, and without a warning that there are newer ids than -v4
     if env.spec.max_episode_steps is None:
         raise UserError(f"{env.spec.id} has no time limit, so its episodes may never end")
     if not (isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded()):

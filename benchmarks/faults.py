@@ -3,12 +3,13 @@
     python benchmarks/faults.py dac --kills 50     # SIGKILL at random moments: in every stage, evaluating, saving
     python benchmarks/faults.py dac --soak 60      # an hour with an evaluation every few seconds: memory, files, processes
 
-The runs are small, on the bundled sample and one thread of a CPU. Where all that they leave is not the same to the bit,
-wall-clock times excepted, or something grows, the exit status is 1. Linux only.
+The runs that are killed are small, the one that is watched has --quick's sizes; bundled sample, one thread of a CPU. Where
+all that they leave is not the same to the bit, wall-clock times excepted, or something grows, the exit status is 1. Linux only.
 """
 
 import csv
 import faulthandler
+import gc
 import importlib
 import json
 import multiprocessing
@@ -16,7 +17,6 @@ import os
 import random
 import shutil
 import signal
-import statistics
 import sys
 import tempfile
 import time
@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import gymnasium as gym
+import numpy as np
 import torch
 import torch._dynamo  # every run imports it; here, so that a forked one need not
 import tyro
@@ -38,6 +40,13 @@ STAGES = {  # n: updates of each stage
     "cped": "--flow-hidden-dim 16 --hidden-dim 16 --critic-start 20 --actor-q-start 30 --flow-steps {n} --total-steps {n} "
     "--flow-training joint --joint-steps 60 --constraint dual",
 }
+SOAK = {  # beside --quick: a short way to the policy, an evaluation, a row and a checkpoint every few seconds of an idle core
+    "dac": "--eval-every 20 --log-every 20 --checkpoint-every 20",
+    "qdq": "--eval-every 20 --log-every 20 --checkpoint-every 20 --teacher-steps 40 --student-steps 40",
+    "cped": "--eval-every 50 --log-every 50 --checkpoint-every 50 --flow-steps 50",
+}
+MOST = {"memory in MB": 5, "open files": 0, "children": 0, "threads": 0, "environments": 0}  # that may grow in half a soak
+ENVIRONMENTS = FORK.Value("i", 0)  # alive in the run at its latest SIGUSR2
 PLACES = {"save_checkpoint": "saving", "evaluate": "evaluating", "update": "updating"}  # functions that tell where a run is
 
 
@@ -62,16 +71,24 @@ def main(args: Args) -> None:
 
 
 def start(script: str, folder: Path, flags: str) -> multiprocessing.Process:
-    """The script's main in a process that writes to folder/output and, on SIGUSR1, where it is to folder/trace."""
+    """The script's main in a process that writes to folder/output and, on SIGUSR1, where it is to folder/trace.
+
+    On SIGUSR2 it counts its environments.
+    """
+
+    def count(*_) -> None:
+        ENVIRONMENTS.value = sum(issubclass(type(thing), gym.Env) for thing in gc.get_objects())
 
     def child() -> None:
         faulthandler.register(signal.SIGUSR1, trace)
+        signal.signal(signal.SIGUSR2, count)
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         sys.modules[script].main(f"{FLAGS} --run-dir {folder} {flags}".split())
 
     folder.mkdir(exist_ok=True)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for a child that has not come to register it
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # for a child that has not come to register it
     with (folder / "trace").open("w") as trace, (folder / "output").open("a") as output:
         process = FORK.Process(target=child)
         process.start()
@@ -136,23 +153,37 @@ def differences(a, b, name: str = "") -> Iterator[str]:
 
 
 def soak(args: Args, folder: Path) -> list[str]:
-    """Watches one run; returns what of memory, open files and child processes grew from its third quarter to its last."""
-    flags = " --total-steps 1000000000 --log-every 500 --eval-every 500 --checkpoint-every 500"
-    process = start(args.script, folder / "soak", STAGES[args.script].format(n=200) + flags)
-    own, samples, until = Path(f"/proc/{process.pid}"), [], time.monotonic() + 60 * args.soak
-    while time.monotonic() < until and process.is_alive():
-        memory, children = (own / "statm").read_text().split()[1], (own / f"task/{process.pid}/children").read_text().split()
-        samples.append((int(memory) * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir(own / "fd")), len(children)))
-        print("{:.1f} MB, {} open files, {} children".format(*samples[-1]), flush=True)
-        process.join(args.soak)  # a sixtieth of it
+    """Watches one run, 240 times if it is an hour; prints what it sees as CSV and returns what grew."""
+    process = start(args.script, folder / "soak", f"--quick --batch-size 256 --total-steps 1000000000 {SOAK[args.script]}")
+    own, samples, begun = Path(f"/proc/{process.pid}"), [], time.monotonic()
+    print("minutes", *MOST, sep=",")
+    while (minutes := (time.monotonic() - begun) / 60) < args.soak and process.is_alive():
+        os.kill(process.pid, signal.SIGUSR2)
+        memory = int((own / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        children = len((own / f"task/{process.pid}/children").read_text().split())
+        files, threads = len(os.listdir(own / "fd")), len(os.listdir(own / "task"))
+        samples.append((memory, files, children, threads, ENVIRONMENTS.value))
+        print(f"{minutes:.2f},{memory:.1f},{files},{children},{threads},{ENVIRONMENTS.value}", flush=True)
+        process.join(max(args.soak / 4, 5))  # seconds, for counting takes its time
     process.terminate()
     process.join()
     if "go on with" not in (output := (folder / "soak" / "output").read_text()):
         return [f"the run ended with {process.exitcode}, without a way to go on: {output[-500:]}"]
-    half, third = len(samples) // 2, len(samples) * 3 // 4
-    growth = [statistics.median(column[third:]) - statistics.median(column[half:third]) for column in zip(*samples)]
-    most = {"memory in MB": 10, "open files": 0, "children": 0}
-    return [f"{kind} grew by {more:.1f}" for kind, more in zip(most, growth) if more > most[kind]]
+    rows = contents(folder / "soak")["metrics.csv"]
+    evaluations = sum(bool(row["eval/return"]) for row in rows)
+    print(f"{args.script}: {rows[-1]['step']} updates, {evaluations} evaluations; grew by {growth(samples)}", flush=True)
+    return [f"{kind} grew by {more:.1f}" for kind, more in growth(samples).items() if more > MOST[kind]]
+
+
+def growth(samples: list[tuple[float, ...]]) -> dict[str, float]:
+    """Of each column from begin to end of the second half: by a straight line for memory, between the quarters' least for counts.
+
+    The least, because files and environments come and go with each evaluation.
+    """
+    half = np.array(samples[len(samples) // 2 :])
+    slope, _ = np.polyfit(np.linspace(0, 1, len(half)), half[:, 0], 1)
+    third, fourth = (quarter.min(0) for quarter in np.array_split(half[:, 1:], 2))
+    return dict(zip(MOST, (round(float(slope), 2), *(fourth - third).tolist())))
 
 
 if __name__ == "__main__":

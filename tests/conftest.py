@@ -1,4 +1,7 @@
 import dataclasses
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait leave the core to the others
 
 import h5py
 import numpy as np

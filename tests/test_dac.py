@@ -89,6 +89,8 @@ def test_values_before_any_update(float64):
     close(q[:, 0], [0.1724855, 0.5678794, 0.3335709])
     close(q[:, 0].std(unbiased=False), 0.1623389)
     close(q.mean(), 0.4392568)
+    _, metrics = dac.critic_loss(agent.critic, batch, batch.rew)
+    close(metrics["q_std"], q.detach().numpy().std(0).mean())  # numpy's is the population standard deviation
     for net, expected in (
         (agent.actor, 111.080880),
         (agent.actor_target, 102.894208),
@@ -345,8 +347,10 @@ def test_eta_follows_the_behaviour_loss_within_its_bounds():
     for _ in range(4):
         agent.update(batch, draws)
     assert agent.eta.item() == pytest.approx(agent.args.eta_min)
-    agent, batch, draws = reference_agent(eta=0.1, eta_lr=0.0)
-    assert agent.update(batch, draws)["eta"].item() == pytest.approx(0.1)
+    agent, batch, draws = reference_agent(bc_threshold=-100.0, eta_lr=0.25)  # and to 1
+    assert agent.update(batch, draws)["eta"].item() == 1.25
+    agent, batch, draws = reference_agent(eta=200.0, eta_lr=0.0)  # fixed, even beyond eta_max
+    assert agent.update(batch, draws)["eta"].item() == 200
 
 
 def test_learning_rates_follow_a_cosine_to_zero():

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_raw, write_hdf5
@@ -96,6 +97,16 @@ def test_every_difference_is_seen():
         assert len(list(faults.differences(state, state | change))) == 1, change
     for w in (torch.tensor([0, 1e-45]), torch.zeros(3), torch.zeros(2, 1), torch.zeros(2).double(), 0):
         assert len(list(faults.differences(state, state | {"agent": {"w": w}}))) == 1, w
+
+
+def test_what_grows_in_a_soak_is_seen():
+    rng = np.random.default_rng(0)
+    busy = np.arange(240)[:, None] % 3 == 0  # an evaluation: more files, environments and memory for a while
+    flat = np.array([500, 20, 1, 6, 0]) + busy * [30, 2, 2, 0, 4] + rng.normal(size=(240, 1)) * [5, 0, 0, 0, 0]
+    assert all(more <= faults.MOST[kind] for kind, more in faults.growth(flat.tolist()).items())
+    for i, (kind, most) in enumerate(faults.MOST.items()):
+        leak = flat + np.eye(5)[i] * np.arange(240)[:, None] // (12 if i else 6)  # MB in 90 s, or one in 3 min of an hour
+        assert faults.growth(leak.tolist())[kind] > most, kind
 
 
 # ------------------------------------------------------------------------------------------------------------- signals

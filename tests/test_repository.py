@@ -61,11 +61,21 @@ def test_file_lengths(name):
     assert len((ROOT / name).read_text().splitlines()) <= ceiling
 
 
-def test_requirements_are_pinned():
+def requirements() -> dict[str, str]:
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w-]+(\[[\w,]+\])?==[\w.]+", line) for line in lines)
-    (mujoco,) = [line for line in lines if line.startswith("mujoco==")]
-    assert tuple(map(int, mujoco.split("==")[1].split(".")))[:2] < (3, 5)  # 3.5 changed Hopper's contacts
+    return dict(re.fullmatch(r"([\w-]+)(?:\[[\w,]+\])?==([\w.]+)", line).groups() for line in lines)
+
+
+def test_requirements_are_pinned():
+    assert tuple(map(int, requirements()["mujoco"].split(".")))[:2] < (3, 5)  # 3.5 changed Hopper's contacts
+
+
+def test_the_lock_has_the_required_versions_and_a_hash_for_every_package():
+    head, *entries = re.split(r"^(?=[\w.-]+==)", (ROOT / "requirements.lock").read_text(), flags=re.M)
+    locked = [re.match(r"([\w.-]+)==([\w.+]+)", entry).groups() for entry in entries]
+    assert {pair for pair in locked if pair[0] in requirements()} == set(requirements().items())
+    assert all("--hash=sha256:" in entry for entry in entries) and not any("://" in part for part in (head, *entries))
+    assert (command := re.search(r"^#\s+(uv pip compile .*)$", head, re.M)) and f"`{command[1]}`" in README
 
 
 def test_every_argument_is_explained():

@@ -17,6 +17,7 @@ import torch
 from conftest import make_raw, write_hdf5
 
 import dac
+from benchmarks import faults
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -27,6 +28,12 @@ SMALL = [
     "--log-every=5",
     "--checkpoint-every=20",
 ]
+
+WIDE = {  # networks of the usual width, whose products torch shares out among threads; few updates, for waiting takes time
+    "dac": "--num-critics 2 --num-next-actions 1 --total-steps 1",
+    "qdq": "--num-samples 2 --teacher-steps 1 --student-steps 1 --total-steps 1",
+    "cped": "--flow-hidden-dim 256 --flow-steps 1 --disc-updates 1 --total-steps 2 --critic-start 1 --actor-q-start 1",
+}
 
 
 @pytest.fixture
@@ -177,12 +184,21 @@ def test_evaluations_do_not_disturb_training(flags, tmp_path):
     assert_same_weights(a, b)
 
 
-def test_the_seed_decides_everything(flags, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        dac.main([*flags, "--total-steps", "20", "--no-eval", "--seed", str(seed), "--run-dir", str(tmp_path / name)])
-    (a,), (b,), (c,) = ((tmp_path / name).glob("*/dac/*/checkpoint.pt") for name in "abc")
-    assert_same_weights(a, b)
-    assert not torch.equal(weights(a)["actor.out.weight"], weights(c)["actor.out.weight"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("script", WIDE)
+def test_the_seed_decides_every_bit(script, threads, dataset, tmp_path):
+    torch.set_num_threads(threads)
+    try:
+        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+            flags = f"--env hopper-medium --data {dataset} --run-dir {tmp_path / name} --no-eval --log-every 1 --seed {seed}"
+            __import__(script).main([*flags.split(), *WIDE[script].split()])
+    finally:
+        torch.set_num_threads(1)
+    a, b, c = (faults.contents(tmp_path / name) for name in "abc")
+    assert not list(faults.differences(a, b))
+    for part in {"actor", "critic", "flow", "student"} & a["checkpoint.pt"]["agent"].keys():
+        first, second = (run["checkpoint.pt"]["agent"][part] for run in (a, c))
+        assert any(not torch.equal(first[name], second[name]) for name in first), part
 
 
 def test_resume_refuses_what_would_make_another_run(flags, tmp_path, dataset):
