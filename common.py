@@ -271,16 +271,21 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
                 if len(set(file.files)) < len(file.files) or sum(part.file_size for part in file.zip.infolist()) > most:
                     raise ValueError(f"a name twice, or more than {most:,} bytes")
                 return {key: np.asarray(file[key]) for key in wanted if key in file}
-        with h5py.File(path, "r") as file:
-            names = [key for key in wanted if file.get(key, getlink=True)]
-            if not all(isinstance(file.get(key, getlink=True), h5py.HardLink) for key in names):
-                raise ValueError("a link in place of an array")
-            parts = {key: file[key] for key in names if isinstance(file[key], h5py.Dataset)}
-            size = sum(part.nbytes for part in parts.values())
-            for key, part in parts.items():  # before anything of it is read: another file's content, or more than there is memory
-                if part.external or part.is_virtual or part.shape is None or part.dtype.kind == "O" or size > most:
-                    raise ValueError(f"{key} is in another file, not of numbers or of more than {most:,} bytes")
+        with checked(h5py.File(path, "r")) as file:
+            parts = {key: file[key] for key in wanted if isinstance(file.get(key), h5py.Dataset)}
+            if any(part.shape is None or part.dtype.kind == "O" for part in parts.values()):
+                raise ValueError("arrays must be of numbers")
             return {key: part[()] for key, part in parts.items()}
+
+
+def checked(file: h5py.File) -> h5py.File:
+    """Before anything of it is read: no links, no content of other files, no more than there is memory."""
+    parts, most = [], max(MAX_BYTES, 20 * Path(file.filename).stat().st_size)
+    file.visititems(lambda name, part: parts.append(part) if isinstance(part, h5py.Dataset) else None)
+    link = file.visititems_links(lambda name, link: None if isinstance(link, h5py.HardLink) else name)
+    if link or any(part.external or part.is_virtual for part in parts) or sum(part.nbytes for part in parts if part.shape) > most:
+        raise ValueError(f"it has links, content of another file, or claims more than {most:,} bytes")
+    return file
 
 
 def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray], Path, dict]:
@@ -294,6 +299,8 @@ def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray],
         raise UserError(f"{dataset_id} is not among the local Minari datasets, and {MINARI_HUB} does not answer")
     with explained(Exception, f"Minari cannot load {dataset_id}"):  # its storages and remotes raise types of their own
         dataset, columns = minari.load_dataset(dataset_id, download=not local), []
+        for path in Path(dataset.storage.data_path).glob("*.hdf5"):
+            checked(h5py.File(path, "r")).close()
         for e in dataset.iterate_episodes():
             obs = flatten(dataset.observation_space, e.observations)  # T + 1: the last one is the true next observation
             columns.append((obs[:-1], e.actions, e.rewards, e.terminations, e.truncations, obs[1:]))

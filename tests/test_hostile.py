@@ -275,14 +275,17 @@ def test_damaged_minari_datasets_are_refused_or_still_sound(minari, name, need_e
         (minari / name).write_bytes(whole)
 
 
-@pytest.mark.xfail(strict=True, reason="Minari's own reader follows links to other files and reads whatever size is declared")
-def test_minari_files_do_not_reach_into_others(minari, tmp_path):
+@pytest.mark.parametrize("kind", ["a link", "a claim"])
+def test_minari_files_do_not_reach_into_others_or_claim_too_much(kind, minari, tmp_path):
     whole = (path := minari / "main_data.hdf5").read_bytes()
     with h5py.File(path, "r+") as file:
         del file["episode_0/rewards"]
-        file["episode_0/rewards"] = h5py.ExternalLink(write_hdf5(tmp_path / "other.hdf5", {"r": np.full(5, 77.0)}), "r")
+        if kind == "a link":
+            file["episode_0/rewards"] = h5py.ExternalLink(write_hdf5(tmp_path / "other.hdf5", {"r": np.full(5, 77.0)}), "r")
+        else:
+            file.create_dataset("episode_0/rewards", (2**30,), "f4", chunks=(1024,))
     try:
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=r"Minari cannot load .*it has links, content of another file, or claims more"):
             load_dataset("local/hopper/tiny-v0")
     finally:
         path.write_bytes(whole)
