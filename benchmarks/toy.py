@@ -4,7 +4,7 @@
     python benchmarks/toy.py --scale 0.1 --out try.png
 
 One state without features, actions in [-1, 1]^2, one step per episode. A row per density of the data's actions, each with a
-reward that tests the policy: two modes equally good; better and better beyond the edge of the data; best in a hole of the data.
+reward that tests the policy: two modes equally good; better and better beyond the edge of the data; best in the middle, where data are few.
 The noise of the rewards grows from left to right. Points are coloured by their action's mean reward; grey is the data.
 """
 
@@ -35,7 +35,7 @@ ROWS, BATCH, SHOWN = 10_000, 512, 800  # of a dataset, of an update, of a panel
 REWARDS = {  # of the action, by the density of the data
     "gaussians": lambda x, y: (x**2 - y**2) / (x**2 + y**2 + 0.01),  # left and right are equally good
     "rings": lambda x, y: x + y,  # best beyond the outer ring
-    "pinwheel": lambda x, y: 1 - 2 * (x**2 + y**2) ** 0.5,  # best in the middle, where there are no data
+    "pinwheel": lambda x, y: 1 - 2 * (x**2 + y**2) ** 0.5,  # best in the middle, where data are few
 }
 
 
