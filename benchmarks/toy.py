@@ -4,7 +4,7 @@
     python benchmarks/toy.py --scale 0.1 --out try.png
 
 One state without features, actions in [-1, 1]^2, one step per episode. A row per density of the data's actions, each with a
-reward that tests the policy: two modes equally good; better and better beyond the edge of the data; best in the middle, where data are few.
+reward that tests the policy: two modes equally good; better and better beyond the edge of the data; best where data are few.
 The noise of the rewards grows from left to right. Points are coloured by their action's mean reward; grey is the data.
 """
 
