@@ -264,28 +264,33 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} does not exist", status=2)
     if path.open("rb").read(512).lstrip().startswith(b"<"):
         raise UserError(f"{path} is a web page, not a dataset: download it again")
-    wanted, most = (*KEYS, "next_observations"), max(MAX_BYTES, 20 * path.stat().st_size)
+    wanted, most = (*KEYS, "next_observations"), most_bytes(path)
     with explained(Exception, f"{path} is no HDF5 or NPZ file, or a damaged one"):  # which can fail anywhere in h5py and numpy
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 if len(set(file.files)) < len(file.files) or sum(part.file_size for part in file.zip.infolist()) > most:
                     raise ValueError(f"a name twice, or more than {most:,} bytes")
                 return {key: np.asarray(file[key]) for key in wanted if key in file}
-        with checked(h5py.File(path, "r")) as file:
+        with h5py.File(path, "r") as file:
+            check_contents(file, most)
             parts = {key: file[key] for key in wanted if isinstance(file.get(key), h5py.Dataset)}
             if any(part.shape is None or part.dtype.kind == "O" for part in parts.values()):
                 raise ValueError("arrays must be of numbers")
             return {key: part[()] for key, part in parts.items()}
 
 
-def checked(file: h5py.File) -> h5py.File:
-    """Before anything of it is read: no links, no content of other files, no more than there is memory."""
-    parts, most = [], max(MAX_BYTES, 20 * Path(file.filename).stat().st_size)
+def most_bytes(path: Path) -> int:
+    """That the arrays of a file may claim: more would be compressed by more than measurements are."""
+    return max(MAX_BYTES, 20 * path.stat().st_size)
+
+
+def check_contents(file: h5py.File, most: int) -> None:
+    """Before anything of it is read: no links, no content of other files, no more than so many bytes."""
+    parts = []
     file.visititems(lambda name, part: parts.append(part) if isinstance(part, h5py.Dataset) else None)
     link = file.visititems_links(lambda name, link: None if isinstance(link, h5py.HardLink) else name)
     if link or any(part.external or part.is_virtual for part in parts) or sum(part.nbytes for part in parts if part.shape) > most:
         raise ValueError(f"it has links, content of another file, or claims more than {most:,} bytes")
-    return file
 
 
 def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray], Path, dict]:
@@ -300,7 +305,8 @@ def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray],
     with explained(Exception, f"Minari cannot load {dataset_id}"):  # its storages and remotes raise types of their own
         dataset, columns = minari.load_dataset(dataset_id, download=not local), []
         for path in Path(dataset.storage.data_path).glob("*.hdf5"):
-            checked(h5py.File(path, "r")).close()
+            with h5py.File(path, "r") as file:
+                check_contents(file, most_bytes(path))
         for e in dataset.iterate_episodes():
             obs = flatten(dataset.observation_space, e.observations)  # T + 1: the last one is the true next observation
             columns.append((obs[:-1], e.actions, e.rewards, e.terminations, e.truncations, obs[1:]))

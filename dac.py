@@ -70,7 +70,8 @@ class Args:
     log_every: int = 1_000  # updates between log rows, which show the newest minibatch
     checkpoint_every: int = 10_000  # updates between checkpoints
     run_dir: Path = Path("runs")  # root folder of all runs
-    resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[PATH]")] = None  # this run or, without PATH, the newest
+    # go on with this run, or without PATH with the newest of this task and seed
+    resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[PATH]")] = None
     eval_only: Path | None = None  # checkpoint to evaluate without any training
     episodes: int | None = None  # episodes of --eval-only, by default as many as an evaluation of the run had
     video: Path | None = None  # file for a video of one episode, with --eval-only
@@ -437,7 +438,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here, or torch was installed without CUDA", status=2)
     device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
-    if args.compile:
+    if args.compile and not args.eval_only:
         with explained(Exception, "--compile: torch.compile fails here; it needs a C++ compiler, on CUDA Triton", status=2):
             torch.compile(torch.sin)(torch.zeros(2, device=device))
 
