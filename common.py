@@ -10,14 +10,18 @@ import difflib
 import hashlib
 import importlib
 import importlib.metadata
+import io
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -511,6 +515,41 @@ def evaluate(act: Callable, info: dict, episodes: int, seed: int) -> dict[str, n
             running &= ~(terminated | truncated)
     result = {"return": returns, "episode_length": lengths}
     return result if info["ref_min"] is None else result | {"normalized_score": normalized_score(returns, info)}
+
+
+class Evaluator:
+    """evaluator(agent, episodes, seed) -> Future of `evaluate`'s result: done at once or, with `workers`, by processes beside
+    the training, which take a copy of the agent as it is now. `rebuild()` makes an agent that can load its state."""
+
+    def __init__(self, rebuild: Callable, info: dict, workers: int):
+        self.rebuild, self.info, self.pool = rebuild, info, None
+        if workers:
+            self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=end_with_parent)
+
+    def __call__(self, agent: object, episodes: int, seed: int) -> Future:
+        if self.pool:
+            torch.save(agent.state_dict(), state := io.BytesIO())
+            return self.pool.submit(evaluate_copy, self.rebuild, state.getvalue(), self.info, episodes, seed)
+        future = Future()
+        future.set_result(evaluate(agent.act, self.info, episodes, seed))
+        return future
+
+    def close(self) -> None:
+        if self.pool:
+            self.pool.shutdown()
+
+
+def evaluate_copy(rebuild: Callable, state: bytes, info: dict, episodes: int, seed: int) -> dict[str, np.ndarray]:
+    agent = rebuild()
+    agent.load_state_dict(torch.load(io.BytesIO(state), map_location="cpu", weights_only=True))
+    return evaluate(agent.act, info, episodes, seed)
+
+
+def end_with_parent() -> None:
+    """A process that evaluates leaves Ctrl-C to its parent, and does not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def record_video(act: Callable, info: dict, path: Path, seed: int) -> float:

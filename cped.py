@@ -31,8 +31,11 @@ import signal
 import sys
 import time
 import zipfile
+from collections import Counter, deque
+from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -44,11 +47,12 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import TASKS, UserError, describe, evaluate, explained, load_dataset, record_video, strip_version
+from common import TASKS, Evaluator, UserError, describe, evaluate, explained, load_dataset, record_video, strip_version
 
 ALGORITHM = "cped"
 PER_CALL = ("resume", "eval_only", "episodes", "video", "run_dir", "flow")  # arguments that a run does not keep
-MAY_CHANGE = ("data", "device", "compile", "run_dir")  # arguments that may differ when a run is resumed
+MAY_CHANGE = ("data", "device", "compile", "tf32", "eval_workers", "run_dir")  # arguments that may differ when a run is resumed
+EVAL_SEED = 1_000_000  # plus the update: all runs are evaluated on the same episodes
 EVAL_COLUMNS = ("eval/return", "eval/normalized_score", "eval/episode_length")
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -74,7 +78,9 @@ class Args:
     episodes: int | None = None  # episodes of --eval-only, by default as many as an evaluation of the run had
     video: Path | None = None  # file for a video of one episode, with --eval-only
     eval: bool = True  # --no-eval trains without an environment
-    compile: bool = False  # compile the losses with torch.compile
+    eval_workers: int = 0  # processes that evaluate while training goes on, with the same result; 0: it waits
+    compile: bool = False  # compile the flow's loss with torch.compile; on CUDA each update also becomes one CUDA graph
+    tf32: bool = False  # on CUDA, products of TensorFloat-32: faster, with 10 bits of mantissa for 23
     quick: bool = False  # a small protocol, ours and not the paper's, for a machine without a GPU
     flow: Path | None = None  # flow.pt of another run, or that run's folder: skips the flow stage
     # data
@@ -291,14 +297,16 @@ class CPED:
         self.actor = mlp(obs_dim, args.hidden_dim, act_dim, nn.ReLU(), nn.Tanh()).to(device)
         self.critic = nn.ModuleList(mlp(self.dim, args.hidden_dim, 1, nn.ReLU(), nn.Identity()) for _ in range(2)).to(device)
         self.actor_target, self.critic_target = (deepcopy(net).requires_grad_(False) for net in (self.actor, self.critic))
-        self.flow_adam = torch.optim.Adam(self.flow.parameters(), lr=args.flow_lr, betas=(0.9, 0.01), eps=1e-4, fused=True)
-        self.disc_adam = torch.optim.Adam(self.disc.parameters(), lr=args.disc_lr, fused=True)
-        self.actor_adam = torch.optim.Adam(self.actor.parameters(), lr=args.actor_lr, fused=True)
-        self.critic_adam = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, fused=True)
+        adam = partial(torch.optim.Adam, fused=True, capturable=self.device.type == "cuda")
+        self.flow_adam = adam(self.flow.parameters(), lr=args.flow_lr, betas=(0.9, 0.01), eps=1e-4)
+        self.disc_adam = adam(self.disc.parameters(), lr=args.disc_lr)
+        self.actor_adam = adam(self.actor.parameters(), lr=args.actor_lr)
+        self.critic_adam = adam(self.critic.parameters(), lr=args.critic_lr)
         self.lagrange = torch.tensor(args.lagrange, device=device)
-        compiled = (lambda f: torch.compile(f, dynamic=False)) if args.compile else (lambda f: f)
-        self.generate, self.flow_loss = compiled(Flow.inverse), compiled(flow_loss)
-        self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
+        # The other losses gain nothing on a CPU: wide ReLU layers are products and little else, and compiled they store masks.
+        self.flow_loss = torch.compile(flow_loss, dynamic=False) if args.compile else flow_loss
+        if args.compile and self.device.type == "cuda":
+            self.one_update = GraphedUpdate(self.one_update)
 
     def draw(self, batch_size: int) -> Draws:
         latent = torch.rand(batch_size, self.dim, device=self.device).logit(eps=6e-8)  # rand can be 0
@@ -306,34 +314,46 @@ class CPED:
         return Draws(latent, mix, torch.randn(batch_size, self.act_dim, device=self.device))
 
     def update(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """Update n of both stages: flow-GAN, critics, actor, multiplier, targets; returns its share of `metrics`, 0-d tensors."""
-        args, step, flow, disc, critic, actor = self.args, self.step - self.args.flow_steps, {}, {}, {}, {}
+        """Update n of both stages; returns its share of `metrics`, 0-d tensors."""
+        args, step, learn = self.args, self.step - self.args.flow_steps, set()  # step: update of the policy stage
         if self.step < self.flow_until:
-            flow_due = (self.step + 1) % args.disc_updates == 0
-            self.flow.requires_grad_(flow_due)
-            fake = self.generate(self.flow, draws.latent)  # with a graph only where the flow learns from it
+            learn |= {"disc", "flow"} if (self.step + 1) % args.disc_updates == 0 else {"disc"}
+            if args.flow_lr_end is not None:
+                share_left = (1 + math.cos(math.pi * min(self.step / args.flow_steps, 1))) / 2
+                set_lr(self.flow_adam, args.flow_lr_end + share_left * (args.flow_lr - args.flow_lr_end))
+        if step >= args.critic_start:
+            learn.add("critic")
+        if step >= 0 and (step + 1) % args.policy_every == 0:
+            learn |= {"actor", "actor by Q"} if step >= args.actor_q_start else {"actor"}
+            if args.constraint == "schedule":
+                self.lagrange.fill_(args.lagrange_table[sum(first <= step for first in args.lagrange_from) - 1])
+        metrics = self.one_update(batch, draws, frozenset(learn))
+        self.step += 1
+        return metrics
+
+    def one_update(self, batch: Batch, draws: Draws, learn: frozenset[str]) -> dict[str, Tensor]:
+        """Those that learn, in this order: disc, flow, critic, then actor, by Q or first by cloning, multiplier and targets."""
+        args, flow, disc, critic, actor = self.args, {}, {}, {}, {}
+        if "disc" in learn:
+            self.flow.requires_grad_("flow" in learn)
+            fake = self.flow.inverse(draws.latent)  # with a graph only where the flow learns from it
             loss, disc = disc_loss(self.disc, batch, fake.detach(), draws.mix, args)  # eager: differentiated twice
             gradient_step(self.disc_adam, loss, math.inf)  # inf: not clipped
-            if flow_due:
-                if args.flow_lr_end is not None:
-                    share_left = (1 + math.cos(math.pi * min(self.step / args.flow_steps, 1))) / 2
-                    self.flow_adam.param_groups[0]["lr"] = args.flow_lr_end + share_left * (args.flow_lr - args.flow_lr_end)
-                loss, flow = self.flow_loss(self.flow, self.disc, batch, fake, args)
-                gradient_step(self.flow_adam, loss, math.inf)
-                self.flow.requires_grad_(False)
-        if step >= args.critic_start:  # step: update of the policy stage
-            loss, critic = self.critic_loss(self.critic, (self.actor_target, self.critic_target), batch, draws, args)
+        if "flow" in learn:
+            loss, flow = self.flow_loss(self.flow, self.disc, batch, fake, args)
+            gradient_step(self.flow_adam, loss, math.inf)
+            self.flow.requires_grad_(False)
+        if "critic" in learn:
+            loss, critic = critic_loss(self.critic, (self.actor_target, self.critic_target), batch, draws, args)
             gradient_step(self.critic_adam, loss, math.inf)
-        if step >= 0 and (step + 1) % args.policy_every == 0:
-            use_q, epsilon = step >= args.actor_q_start, torch.zeros((), device=self.device)
+        if "actor" in learn:
+            use_q, epsilon = "actor by Q" in learn, torch.zeros((), device=self.device)
             hinge = use_q and args.constraint == "dual"  # without it epsilon changes nothing
             if hinge:
                 nll = batch.nll if args.flow_training == "frozen" else -self.flow.log_density(batch.obs, batch.act)
                 epsilon = nll.mean() if args.epsilon_quantile is None else nll.quantile(args.epsilon_quantile)
-            if args.constraint == "schedule":
-                self.lagrange.fill_(args.lagrange_table[sum(first <= step for first in args.lagrange_from) - 1])
             self.critic.requires_grad_(False)
-            loss, actor = self.actor_loss((self.actor, self.critic, self.flow), batch, self.lagrange, epsilon, use_q, hinge)
+            loss, actor = actor_loss((self.actor, self.critic, self.flow), batch, self.lagrange, epsilon, use_q, hinge)
             gradient_step(self.actor_adam, loss, math.inf)
             self.critic.requires_grad_(True)
             if hinge:  # alpha rises while the policy leaves the region by more than the data do, else it falls
@@ -341,7 +361,6 @@ class CPED:
                 self.lagrange.add_(args.lagrange_lr * ascent.clamp(-1, 1)).clamp_(args.lagrange_min, args.lagrange_max)
             soft_update(self.actor_target, self.actor, args.tau)
             soft_update(self.critic_target, self.critic, args.tau)
-        self.step += 1
         return disc | flow | critic | actor
 
     @torch.no_grad()
@@ -376,6 +395,46 @@ def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: floa
     optimizer.step()
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """On CUDA the step size is a tensor there, which a CUDA graph reads anew in each replay."""
+    group = optimizer.param_groups[0]
+    if not group["params"][0].is_cuda:
+        group["lr"] = lr
+    elif isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = torch.tensor(lr, device=group["params"][0].device)
+
+
+class GraphedUpdate:
+    """update(batch, draws, *flags) as CUDA graphs, one for each set of flags and batch size: it runs three times, is recorded,
+    and from then on replayed on the contents of new batches and draws. It may depend on nothing else that is not a tensor, and
+    never wait for the device. The metrics that it returns are overwritten by the next replay."""
+
+    def __init__(self, update: Callable):
+        self.update, self.stream, self.calls, self.graphs = update, torch.cuda.Stream(), Counter(), {}
+
+    def __call__(self, batch: tuple, draws: tuple, *flags) -> dict[str, Tensor]:
+        key, here = (*flags, *(x.shape for x in (*batch, *draws))), torch.cuda.current_stream()
+        self.calls[key] += 1
+        if self.calls[key] <= 3:  # compiles, and makes the moments of the optimisers
+            self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream):
+                metrics = self.update(batch, draws, *flags)
+            here.wait_stream(self.stream)
+            return metrics
+        if key not in self.graphs:
+            inputs, graph = deepcopy((batch, draws)), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                metrics = self.update(*inputs, *flags)
+            self.graphs[key] = graph, (*inputs[0], *inputs[1]), metrics
+        graph, inputs, metrics = self.graphs[key]
+        for recorded, new in zip(inputs, (*batch, *draws)):
+            recorded.copy_(new)
+        graph.replay()
+        return metrics
+
+
 def save_checkpoint(path: Path, state: dict) -> None:
     """Written under another name, then renamed: the checkpoint is the whole new one or still the previous one."""
     part, kinds = path.with_suffix(".part"), (OSError, RuntimeError)  # torch reports a full disk as RuntimeError
@@ -406,6 +465,8 @@ def load_checkpoint(path: Path) -> dict:
 def restore(agent: object, state: dict) -> None:
     """Agent and random numbers go on as they were; a state of other shapes is refused: a fused Adam writes past its end."""
     with explained(Exception, f"{state['path']} does not hold what its arguments describe", status=2):
+        for part in (part for part in state["agent"].values() if isinstance(part, dict) and "param_groups" in part):
+            part["param_groups"][0]["capturable"] = agent.device.type == "cuda"  # wherever it was saved
         agent.load_state_dict(state["agent"])
         for adam in (part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)):
             if any(m.ndim and m.shape != p.shape for p, moments in adam.state.items() for m in moments.values()):
@@ -430,7 +491,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
     if (args.episodes or args.video) and not args.eval_only:
         raise UserError("--episodes and --video go with --eval-only", status=2)
     for name, value in dataclasses.asdict(args).items():
-        least = 1 if isinstance(value, int) and name not in ("seed", "actor_target_start") else 0
+        least = 1 if isinstance(value, int) and name not in ("seed", "eval_workers", "actor_target_start") else 0
         if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < 2**31:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more, and less than 2^31", status=2)
         if state and name in own and name not in MAY_CHANGE and value != own[name]:
@@ -452,11 +513,11 @@ def main(argv: list[str] | None = None) -> dict:
     if args.compile and not args.eval_only:
         with explained(Exception, "--compile: torch.compile fails here; it needs a C++ compiler, on CUDA Triton", status=2):
             torch.compile(torch.sin)(torch.zeros(2, device=device))
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
 
-    def score(episodes: int) -> dict[str, float]:
-        result = evaluate(agent.act, info, episodes, seed=1_000_000 + agent.step)  # the same episodes in all runs
+    def show(step: int, result: dict[str, np.ndarray]) -> dict[str, float]:
         means = {f"eval/{name}": float(values.mean()) for name, values in result.items()}
-        tqdm.write(f"update {agent.step:,}: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
+        tqdm.write(f"update {step:,}: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
         return means
 
     if args.eval_only:
@@ -464,8 +525,8 @@ def main(argv: list[str] | None = None) -> dict:
         restore(agent, state)
         print(describe(info))
         if args.video:
-            print(f"{args.video}: one episode, return {record_video(agent.act, info, args.video, seed=1_000_000):.2f}")
-        return score(args.episodes or args.eval_episodes)
+            print(f"{args.video}: one episode, return {record_video(agent.act, info, args.video, EVAL_SEED):.2f}")
+        return show(agent.step, evaluate(agent.act, info, args.episodes or args.eval_episodes, EVAL_SEED + agent.step))
 
     # data
     arrays, info = load_dataset(args.env, args.data, need_env=args.eval)
@@ -492,10 +553,10 @@ def main(argv: list[str] | None = None) -> dict:
             parts = agent.state_dict() | {name: old["agent"][name] for name in (*CPED.parts[:4], "step")}
             restore(agent, {"path": old["path"], "agent": parts, "rng": torch.get_rng_state()})
     if state:
-        folder, rows, seconds = state["path"].parent, state["rows"], state["seconds"]
+        folder, rows, row, seconds = state["path"].parent, state["rows"], state["row"], state["seconds"]
         restore(agent, state)
     else:
-        rows, seconds = [], 0.0
+        rows, row, seconds = [], {"step": agent.step}, 0.0
         folder = args.run_dir / args.env / ALGORITHM / time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
         folder.mkdir(parents=True)
     print(f"run folder  {folder}")
@@ -514,53 +575,66 @@ def main(argv: list[str] | None = None) -> dict:
         signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 
     # training
+    copied = partial(CPED, **dims, args=dataclasses.replace(args, compile=False), device=device)
+    evaluator, waiting = Evaluator(copied, info, args.eval_workers), deque()  # rows, with their evaluation or None
+
+    def write_rows(wait: bool) -> None:
+        """In their order, as far as the evaluations are done, or after waiting for them."""
+        while waiting and (wait or waiting[0][1] is None or waiting[0][1].done()):
+            row, evaluation = waiting.popleft()
+            if evaluation:
+                row |= show(row["step"], evaluation.result())
+                score = row.get("eval/normalized_score", math.nan)
+                bar.set_postfix_str(f"return {row['eval/return']:.1f}, score {score:.1f}")
+            rows.append(row)
+            with explained(OSError, f"cannot write to {folder}; its checkpoint is as it was"):
+                table.writerow(row)
+                for name, value in row.items():
+                    board.add_scalar(name, value, row["step"])
+
     start, end, measured, bar = args.flow_steps, args.flow_steps + args.total_steps, False, None
     started = window = time.perf_counter()
-    metrics = None if state else {}  # None: a resumed run has done what was due at its step
+    metrics = None if state else {}  # None: the checkpoint of a resumed run has what came before it at its step
     while True:
-        step, row, last = agent.step, {}, agent.step == end or bool(stop)
+        step, last = agent.step, agent.step == end or bool(stop)
         if bar is None or step == start:  # each stage has its own
             bar = bar and bar.close()
             name, length, begun = ("flow", start, step) if step < start else ("policy", args.total_steps, step - start)
             bar = tqdm(desc=name, total=length, initial=begun, unit=" updates", mininterval=0.5)
         if metrics and (step % args.log_every == 0 or step % args.checkpoint_every == 0 or step == start or last):
             values = torch.stack(list(metrics.values())).tolist()  # the only wait for the device
-            row = {f"train/{name}": value for name, value in zip(metrics, values)}
-            if step <= agent.flow_until and step % args.log_every == 0:
+            found, log = {f"train/{name}": value for name, value in zip(metrics, values)}, step % args.log_every == 0
+            if log and step <= agent.flow_until:
                 for name, i in (("train", slice(min(split, 4096))), ("held_out", slice(split, split + 4096))):
-                    row[f"log_density/{name}"] = float(agent.flow.log_density(data.obs[i], data.act[i]).mean())
-            if broken := [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]:
+                    found[f"log_density/{name}"] = float(agent.flow.log_density(data.obs[i], data.act[i]).mean())
+            if broken := [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]:
                 raise UserError(f"{', '.join(broken)} at update {step}; the last good checkpoint is in {folder}")
-            speed = {"time/updates_per_s": args.log_every / (time.perf_counter() - window)}
-            row = row | speed if step % args.log_every == 0 else {}  # checkpoints are only checked
-        if metrics is not None and args.eval and step >= start and ((step - start) % args.eval_every == 0 or step == end):
-            row |= score(args.eval_episodes)
-            bar.set_postfix_str(f"return {row['eval/return']:.1f}, score {row.get('eval/normalized_score', math.nan):.1f}")
-        if row:
-            rows.append({"step": step} | row)
-            with explained(OSError, f"cannot write to {folder}; its checkpoint is as it was"):
-                table.writerow(rows[-1])
-                for name, value in row.items():
-                    board.add_scalar(name, value, step)
-            window = time.perf_counter()
+            if log:
+                row |= found | {"time/updates_per_s": args.log_every / (time.perf_counter() - window)}
         if metrics is not None and (step % args.checkpoint_every == 0 or step == start or last):
-            content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "agent": agent.state_dict()}
+            write_rows(wait=True)
+            content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "row": row}
             content |= dims | {"rng": torch.get_rng_state(), "seconds": seconds + time.perf_counter() - started}
             content |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
             for name in ("flow.pt", "checkpoint.pt")[step != start :]:
-                save_checkpoint(folder / name, content)
+                save_checkpoint(folder / name, content | {"agent": agent.state_dict()})
+        if stop and step < end:
+            raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
+        due = args.eval and step >= start and ((step - start) % args.eval_every == 0 or step == end)
+        if due or len(row) > 1:
+            waiting.append((row, evaluator(agent, args.eval_episodes, EVAL_SEED + step) if due else None))
+            window = time.perf_counter()
+        write_rows(wait=last or not args.eval_workers)
         if last:
             break
         if step >= start and not measured and args.constraint == "dual" and args.flow_training == "frozen":
             nll = torch.cat([-agent.flow.log_density(*rows) for rows in zip(data.obs.split(512), data.act.split(512))])
             data, measured, window = data._replace(nll=nll), True, time.perf_counter()
         index = torch.randint(split if step < agent.flow_until else len(order), (args.batch_size,), device=device)
-        metrics = agent.update(Batch(*(column[index] for column in data)), agent.draw(args.batch_size))
+        metrics, row = agent.update(Batch(*(column[index] for column in data)), agent.draw(args.batch_size)), {"step": step + 1}
         bar.update()
-    bar.close()
-    board.close()
-    if step < end:
-        raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
+    for part in (evaluator, bar, board):
+        part.close()
 
     # result
     scores = [row.get("eval/normalized_score", row["eval/return"]) for row in rows if "eval/return" in row][1:]  # trained

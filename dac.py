@@ -31,9 +31,11 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -42,15 +44,15 @@ import torch
 import tyro
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import TASKS, UserError, describe, evaluate, explained, load_dataset, record_video, strip_version
+from common import TASKS, Evaluator, UserError, describe, evaluate, explained, load_dataset, record_video, strip_version
 
 ALGORITHM = "dac"
 PER_CALL = ("resume", "eval_only", "episodes", "video", "run_dir")  # arguments that a run does not keep
-MAY_CHANGE = ("data", "device", "compile", "run_dir")  # arguments that may differ when a run is resumed
+MAY_CHANGE = ("data", "device", "compile", "tf32", "eval_workers", "run_dir")  # arguments that may differ when a run is resumed
+EVAL_SEED = 1_000_000  # plus the update: all runs are evaluated on the same episodes
 EVAL_COLUMNS = ("eval/return", "eval/normalized_score", "eval/episode_length")
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -76,7 +78,9 @@ class Args:
     episodes: int | None = None  # episodes of --eval-only, by default as many as an evaluation of the run had
     video: Path | None = None  # file for a video of one episode, with --eval-only
     eval: bool = True  # --no-eval trains without an environment
-    compile: bool = False  # compile the losses with torch.compile
+    eval_workers: int = 0  # processes that evaluate while training goes on, with the same result; 0: it waits
+    compile: bool = False  # compile the losses with torch.compile; on CUDA each update also becomes one CUDA graph
+    tf32: bool = False  # on CUDA, products of TensorFloat-32: faster, with 10 bits of mantissa for 23
     quick: bool = False  # a small protocol, ours and not the paper's, for a machine without a GPU
     # data
     reward_transform: Literal["return_range", "minus_one", "none"] = "return_range"  # 1000 r / range of trajectory returns; r - 1
@@ -261,7 +265,7 @@ class DAC:
     """All that is learned: networks, targets, optimisers and eta, and how one batch changes them."""
 
     metrics = ("critic_loss", "q_mean", "q_std", "td_target", "actor_loss", "bc_loss", "guidance_loss", "q_gradient", "eta")
-    parts = ("actor", "actor_target", "critic", "critic_target", "actor_adam", "critic_adam", "actor_decay", "critic_decay")
+    parts = ("actor", "actor_target", "critic", "critic_target", "actor_adam", "critic_adam")
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args, device: torch.device | str = "cpu"):
         self.args, self.device, self.act_dim, self.step = args, torch.device(device), act_dim, 0
@@ -269,16 +273,17 @@ class DAC:
         self.critic = Critics(obs_dim, act_dim, args.num_critics, args.hidden_dim).to(device)
         self.actor_target = deepcopy(self.actor).requires_grad_(False)
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
-        self.actor_adam = torch.optim.Adam(self.actor.parameters(), lr=args.actor_lr, fused=True)
-        self.critic_adam = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, fused=True)
-        self.actor_decay = CosineAnnealingLR(self.actor_adam, args.total_steps)
-        self.critic_decay = CosineAnnealingLR(self.critic_adam, args.total_steps)
+        on_gpu = self.device.type == "cuda"
+        self.actor_adam = torch.optim.Adam(self.actor.parameters(), fused=True, capturable=on_gpu)
+        self.critic_adam = torch.optim.Adam(self.critic.parameters(), fused=True, capturable=on_gpu)
         self.eta = torch.tensor(args.eta, device=device)
         constants = vp_schedule(args.diffusion_steps, args.beta_min, args.beta_max)
         self.schedule = Schedule(*(c.to(device, torch.get_default_dtype()) for c in constants))
         compiled = (lambda f: torch.compile(f, dynamic=False)) if args.compile else (lambda f: f)
         self.td_target, self.critic_loss = compiled(td_target), compiled(critic_loss)
         self.q_gradient, self.actor_loss = compiled(q_gradient), compiled(actor_loss)
+        if args.compile and on_gpu:
+            self.one_update = GraphedUpdate(self.one_update)
 
     def draw(self, batch_size: int) -> Draws:
         args, device = self.args, self.device
@@ -287,26 +292,33 @@ class DAC:
         return Draws(next_noise, t, torch.randn(batch_size, self.act_dim, device=device))
 
     def update(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """One iteration of Algorithm 1: critics, their targets, actor, eta, its target; returns `metrics`, 0-d tensors."""
+        """One iteration of Algorithm 1; returns `metrics`, 0-d tensors."""
+        args = self.args
+        for adam, lr in ((self.actor_adam, args.actor_lr), (self.critic_adam, args.critic_lr)):
+            set_lr(adam, lr * (1 + math.cos(math.pi * self.step / args.total_steps)) / 2)
+        target_due = self.step % args.actor_target_every == 0 and self.step > args.actor_target_start
+        metrics = self.one_update(batch, draws, target_due)
+        self.step += 1
+        return metrics
+
+    def one_update(self, batch: Batch, draws: Draws, target_due: bool) -> dict[str, Tensor]:
+        """Critics, their targets, actor, eta and, where it is due, the actor's target."""
         args = self.args
         target = self.td_target(self.actor_target, self.critic_target, batch, draws, self.schedule, args)
         loss, metrics = self.critic_loss(self.critic, batch, target)
         gradient_step(self.critic_adam, loss, args.max_grad_norm)
-        self.critic_decay.step()
         soft_update(self.critic_target, self.critic, args.tau)
 
         x = self.schedule.signal[draws.t][:, None] * batch.act + self.schedule.noise[draws.t][:, None] * draws.eps  # x_t
         gradient = self.q_gradient(self.critic_target, batch, x)
         loss, actor_metrics = self.actor_loss(self.actor, batch, x, gradient, draws, self.eta, self.schedule)
         gradient_step(self.actor_adam, loss, args.max_grad_norm)
-        self.actor_decay.step()
 
         violation = (actor_metrics["bc_loss"] - args.bc_threshold).clamp(-1, 1)
         if args.eta_lr > 0:
-            self.eta = (self.eta + args.eta_lr * violation).clamp(args.eta_min, args.eta_max)
-        if self.step % args.actor_target_every == 0 and self.step > args.actor_target_start:
+            self.eta.add_(args.eta_lr * violation).clamp_(args.eta_min, args.eta_max)
+        if target_due:
             soft_update(self.actor_target, self.actor, args.tau)
-        self.step += 1
         return metrics | actor_metrics | {"eta": self.eta}
 
     @torch.no_grad()
@@ -343,6 +355,46 @@ def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: floa
     loss.backward()
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
     optimizer.step()
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """On CUDA the step size is a tensor there, which a CUDA graph reads anew in each replay."""
+    group = optimizer.param_groups[0]
+    if not group["params"][0].is_cuda:
+        group["lr"] = lr
+    elif isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = torch.tensor(lr, device=group["params"][0].device)
+
+
+class GraphedUpdate:
+    """update(batch, draws, *flags) as CUDA graphs, one for each set of flags and batch size: it runs three times, is recorded,
+    and from then on replayed on the contents of new batches and draws. It may depend on nothing else that is not a tensor, and
+    never wait for the device. The metrics that it returns are overwritten by the next replay."""
+
+    def __init__(self, update: Callable):
+        self.update, self.stream, self.calls, self.graphs = update, torch.cuda.Stream(), Counter(), {}
+
+    def __call__(self, batch: tuple, draws: tuple, *flags) -> dict[str, Tensor]:
+        key, here = (*flags, *(x.shape for x in (*batch, *draws))), torch.cuda.current_stream()
+        self.calls[key] += 1
+        if self.calls[key] <= 3:  # compiles, and makes the moments of the optimisers
+            self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream):
+                metrics = self.update(batch, draws, *flags)
+            here.wait_stream(self.stream)
+            return metrics
+        if key not in self.graphs:
+            inputs, graph = deepcopy((batch, draws)), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                metrics = self.update(*inputs, *flags)
+            self.graphs[key] = graph, (*inputs[0], *inputs[1]), metrics
+        graph, inputs, metrics = self.graphs[key]
+        for recorded, new in zip(inputs, (*batch, *draws)):
+            recorded.copy_(new)
+        graph.replay()
+        return metrics
 
 
 def shuffled_batches(num_rows: int, batch_size: int, seed: int, step: int, device: torch.device) -> Iterator[Tensor]:
@@ -388,6 +440,8 @@ def load_checkpoint(path: Path) -> dict:
 def restore(agent: object, state: dict) -> None:
     """Agent and random numbers go on as they were; a state of other shapes is refused: a fused Adam writes past its end."""
     with explained(Exception, f"{state['path']} does not hold what its arguments describe", status=2):
+        for part in (part for part in state["agent"].values() if isinstance(part, dict) and "param_groups" in part):
+            part["param_groups"][0]["capturable"] = agent.device.type == "cuda"  # wherever it was saved
         agent.load_state_dict(state["agent"])
         for adam in (part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)):
             if any(m.ndim and m.shape != p.shape for p, moments in adam.state.items() for m in moments.values()):
@@ -412,7 +466,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
     if (args.episodes or args.video) and not args.eval_only:
         raise UserError("--episodes and --video go with --eval-only", status=2)
     for name, value in dataclasses.asdict(args).items():
-        least = 1 if isinstance(value, int) and name not in ("seed", "actor_target_start") else 0
+        least = 1 if isinstance(value, int) and name not in ("seed", "eval_workers", "actor_target_start") else 0
         if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < 2**31:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more, and less than 2^31", status=2)
         if state and name in own and name not in MAY_CHANGE and value != own[name]:
@@ -441,11 +495,11 @@ def main(argv: list[str] | None = None) -> dict:
     if args.compile and not args.eval_only:
         with explained(Exception, "--compile: torch.compile fails here; it needs a C++ compiler, on CUDA Triton", status=2):
             torch.compile(torch.sin)(torch.zeros(2, device=device))
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
 
-    def score(episodes: int) -> dict[str, float]:
-        result = evaluate(agent.act, info, episodes, seed=1_000_000 + agent.step)  # the same episodes in all runs
+    def show(step: int, result: dict[str, np.ndarray]) -> dict[str, float]:
         means = {f"eval/{name}": float(values.mean()) for name, values in result.items()}
-        tqdm.write(f"update {agent.step:,}: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
+        tqdm.write(f"update {step:,}: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
         return means
 
     if args.eval_only:
@@ -453,8 +507,8 @@ def main(argv: list[str] | None = None) -> dict:
         restore(agent, state)
         print(describe(info))
         if args.video:
-            print(f"{args.video}: one episode, return {record_video(agent.act, info, args.video, seed=1_000_000):.2f}")
-        return score(args.episodes or args.eval_episodes)
+            print(f"{args.video}: one episode, return {record_video(agent.act, info, args.video, EVAL_SEED):.2f}")
+        return show(agent.step, evaluate(agent.act, info, args.episodes or args.eval_episodes, EVAL_SEED + agent.step))
 
     # data
     arrays, info = load_dataset(args.env, args.data, need_env=args.eval)
@@ -472,10 +526,10 @@ def main(argv: list[str] | None = None) -> dict:
     dims = {"obs_dim": data.obs.shape[1], "act_dim": data.act.shape[1]}
     agent = DAC(**dims, args=args, device=device)
     if state:
-        folder, rows, seconds = state["path"].parent, state["rows"], state["seconds"]
+        folder, rows, row, seconds = state["path"].parent, state["rows"], state["row"], state["seconds"]
         restore(agent, state)
     else:
-        rows, seconds = [], 0.0
+        rows, row, seconds = [], {"step": 0}, 0.0
         folder = args.run_dir / args.env / ALGORITHM / time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
         folder.mkdir(parents=True)
     print(f"run folder  {folder}")
@@ -494,43 +548,56 @@ def main(argv: list[str] | None = None) -> dict:
         signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 
     # training
+    copied = partial(DAC, **dims, args=dataclasses.replace(args, compile=False), device=device)
+    evaluator, waiting = Evaluator(copied, info, args.eval_workers), deque()  # rows, with their evaluation or None
+
+    def write_rows(wait: bool) -> None:
+        """In their order, as far as the evaluations are done, or after waiting for them."""
+        while waiting and (wait or waiting[0][1] is None or waiting[0][1].done()):
+            row, evaluation = waiting.popleft()
+            if evaluation:
+                row |= show(row["step"], evaluation.result())
+                score = row.get("eval/normalized_score", math.nan)
+                bar.set_postfix_str(f"return {row['eval/return']:.1f}, score {score:.1f}")
+            rows.append(row)
+            with explained(OSError, f"cannot write to {folder}; its checkpoint is as it was"):
+                table.writerow(row)
+                for name, value in row.items():
+                    board.add_scalar(name, value, row["step"])
+
     batches = shuffled_batches(len(data.obs), args.batch_size, args.seed, agent.step, device)
     bar = tqdm(total=args.total_steps, initial=agent.step, unit=" updates", mininterval=0.5)
     started, window = time.perf_counter(), (agent.step, time.perf_counter())
-    metrics = None if state else {}  # None: a resumed run has done what was due at its step
+    metrics = None if state else {}  # None: the checkpoint of a resumed run has what came before it at its step
     while True:
-        step, row, last = agent.step, {}, agent.step == args.total_steps or bool(stop)
+        step, last = agent.step, agent.step == args.total_steps or bool(stop)
         if metrics and (step % args.log_every == 0 or step % args.checkpoint_every == 0 or last):
             values = torch.stack([metrics[name] for name in DAC.metrics]).tolist()  # the only wait for the device
-            if broken := [f"{name} is {value}" for name, value in zip(DAC.metrics, values) if not math.isfinite(value)]:
+            found = {f"train/{name}": value for name, value in zip(DAC.metrics, values)}
+            if broken := [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]:
                 raise UserError(f"{', '.join(broken)} at update {step}; the last good checkpoint is in {folder}")
             if step % args.log_every == 0:
-                row = {f"train/{name}": value for name, value in zip(DAC.metrics, values)}
-                row["time/updates_per_s"] = (step - window[0]) / (time.perf_counter() - window[1])
-        if metrics is not None and args.eval and (step % args.eval_every == 0 or step == args.total_steps):
-            row |= score(args.eval_episodes)
-            bar.set_postfix_str(f"return {row['eval/return']:.1f}, score {row.get('eval/normalized_score', math.nan):.1f}")
-        if row:
-            rows.append({"step": step} | row)
-            with explained(OSError, f"cannot write to {folder}; its checkpoint is as it was"):
-                table.writerow(rows[-1])
-                for name, value in row.items():
-                    board.add_scalar(name, value, step)
-            window = step, time.perf_counter()
+                row |= found | {"time/updates_per_s": (step - window[0]) / (time.perf_counter() - window[1])}
         if metrics is not None and (step % args.checkpoint_every == 0 or last):
-            content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "agent": agent.state_dict()}
+            write_rows(wait=True)
+            content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "row": row}
             content |= dims | {"rng": torch.get_rng_state(), "seconds": seconds + time.perf_counter() - started}
             content |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-            save_checkpoint(folder / "checkpoint.pt", content)
+            save_checkpoint(folder / "checkpoint.pt", content | {"agent": agent.state_dict()})
+        if stop and step < args.total_steps:
+            raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
+        due = args.eval and (step % args.eval_every == 0 or step == args.total_steps)
+        if due or len(row) > 1:
+            waiting.append((row, evaluator(agent, args.eval_episodes, EVAL_SEED + step) if due else None))
+            window = step, time.perf_counter()
+        write_rows(wait=last or not args.eval_workers)
         if last:
             break
         index = next(batches)
-        metrics = agent.update(Batch(*(column[index] for column in data)), agent.draw(len(index)))
+        metrics, row = agent.update(Batch(*(column[index] for column in data)), agent.draw(len(index))), {"step": step + 1}
         bar.update()
-    bar.close()
-    board.close()
-    if step < args.total_steps:
-        raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
+    for part in (evaluator, bar, board):
+        part.close()
 
     # result
     scores = [row.get("eval/normalized_score", row["eval/return"]) for row in rows if "eval/return" in row][1:]  # trained

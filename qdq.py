@@ -33,9 +33,11 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -49,14 +51,15 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import TASKS, UserError, describe, evaluate, explained, load_dataset, record_video, strip_version
+from common import TASKS, Evaluator, UserError, describe, evaluate, explained, load_dataset, record_video, strip_version
 
 ALGORITHM = "qdq"
 PER_CALL = ("resume", "eval_only", "episodes", "video", "run_dir")  # arguments that a run does not keep
-MAY_CHANGE = ("data", "device", "compile", "run_dir")  # arguments that may differ when a run is resumed
+MAY_CHANGE = ("data", "device", "compile", "tf32", "eval_workers", "run_dir")  # arguments that may differ when a run is resumed
 TEACHER_ARGS = ("sha256", "obs_dim", "act_dim", "batch_size", "reward_transform", "discount", "hidden_dim", "sigma_data")
 TEACHER_ARGS += ("teacher_steps", "teacher_lr")  # in which a reused teacher must agree; a student also in these
 STUDENT_ARGS = ("student_steps", "student_lr", "student_tau", "t_min", "t_max", "karras_rho", "grid_points")
+EVAL_SEED = 1_000_000  # plus the update: all runs are evaluated on the same episodes
 EVAL_COLUMNS = ("eval/return", "eval/normalized_score", "eval/episode_length")
 FREQUENCY_STD, LOG_T_MEAN, LOG_T_STD = 16, -1.2, 1.2  # of the time feature; of ln t in the teacher's training
 WINDOW, STRIDE = 200, 10  # rewards in a truncated return, W, and transitions between two of a trajectory, k
@@ -87,7 +90,9 @@ class Args:
     episodes: int | None = None  # episodes of --eval-only, by default as many as an evaluation of the run had
     video: Path | None = None  # file for a video of one episode, with --eval-only
     eval: bool = True  # --no-eval trains without an environment
-    compile: bool = False  # compile the losses with torch.compile
+    eval_workers: int = 0  # processes that evaluate while training goes on, with the same result; 0: it waits
+    compile: bool = False  # compile the losses with torch.compile; on CUDA each update also becomes one CUDA graph
+    tf32: bool = False  # on CUDA, products of TensorFloat-32: faster, with 10 bits of mantissa for 23
     quick: bool = False  # a small protocol, ours and not the paper's, for a machine without a GPU
     stage: Literal["teacher", "student", "policy", "all"] = "all"  # one stage alone; student and policy need --consistency
     consistency: str | None = None  # checkpoint or run folder whose student (for --stage student: teacher) is reused
@@ -348,6 +353,13 @@ def actor_loss(networks: tuple, batch: Batch, draws: Draws, args: Args) -> tuple
 # ------------------------------------------------------------------------------------------------------------- update
 
 
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """A step without clipping; no other network's parameters get a gradient."""
+    optimizer.zero_grad()
+    loss.backward(inputs=[p for p in optimizer.param_groups[0]["params"] if p.requires_grad])
+    optimizer.step()
+
+
 class QDQ:
     """All that is learned in the three stages: networks, targets, optimisers, and how one batch changes them."""
 
@@ -364,15 +376,17 @@ class QDQ:
         self.actor = Actor(obs_dim, act_dim, args.hidden_dim, args.hidden_layers).to(device)
         self.critic = Critics(dim, args.hidden_dim, args.hidden_layers, args.critic_layer_norm).to(device)
         self.actor_target, self.critic_target = deepcopy(self.actor), deepcopy(self.critic)
-        self.teacher_adam = torch.optim.Adam(self.teacher.parameters(), fused=True)
-        self.student_radam = torch.optim.RAdam(self.student.parameters())
-        self.actor_adam = torch.optim.Adam(self.actor.parameters(), fused=True)
-        self.critic_adam = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, fused=True)
+        adam, on_gpu = partial(torch.optim.Adam, fused=True, capturable=self.device.type == "cuda"), self.device.type == "cuda"
+        self.teacher_adam, self.actor_adam = adam(self.teacher.parameters()), adam(self.actor.parameters())
+        self.student_radam = torch.optim.RAdam(self.student.parameters(), capturable=on_gpu)
+        self.critic_adam = adam(self.critic.parameters(), lr=args.critic_lr)
         grid = karras_grid(args.grid_points, args.t_min, args.t_max, args.karras_rho)
         self.grid = grid.to(device, torch.get_default_dtype())
         compiled = (lambda f: torch.compile(f, dynamic=False)) if args.compile else (lambda f: f)
         self.teacher_loss, self.student_loss, self.td_target = compiled(teacher_loss), compiled(student_loss), compiled(td_target)
         self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
+        if args.compile and on_gpu:
+            self.one_update = GraphedUpdate(self.one_update)
 
     def draw(self, stage: str, batch_size: int) -> tuple[Tensor, ...]:
         """The random numbers of one update: (t, z), (i, z) or `Draws`."""
@@ -387,37 +401,44 @@ class QDQ:
         actions = torch.randn(AWR_SAMPLES * (args.actor_objective == "awr"), batch_size, self.act_dim, device=device)
         return Draws(next_act, smoothing, returns, actions)
 
-    def update(self, stage: str, batch: Iterable[Tensor], draws: Iterable[Tensor]) -> dict[str, Tensor]:
+    def update(self, stage: str, batch: Sequence[Tensor], draws: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """One update of a stage from a batch of (cond, x) or of `Batch`; returns its share of `metrics`, 0-d tensors."""
         args, n = self.args, self.steps[stage]
+        optimizer, lr, progress, every = {
+            "teacher": (self.teacher_adam, args.teacher_lr, n / args.teacher_steps, 1),
+            "student": (self.student_radam, args.student_lr, n / args.student_steps, STUDENT_TARGET_EVERY),
+            "policy": (self.actor_adam, args.actor_lr, n // POLICY_EVERY / args.total_steps, POLICY_EVERY),  # ends at half
+        }[stage]
+        set_lr(optimizer, lr * (1 + math.cos(math.pi * progress)) / 2)
+        metrics = self.one_update(batch, draws, stage, n % every == 0)
+        if "actor_loss" in metrics:
+            self.actor_metrics = {name: metrics[name] for name in ("actor_loss", "policy_value", "log_prob")}
         self.steps[stage] += 1
+        return metrics | (self.actor_metrics if stage == "policy" else {})
+
+    def one_update(self, batch: Sequence[Tensor], draws: tuple[Tensor, ...], stage: str, due: bool) -> dict[str, Tensor]:
+        """The stage's losses and steps; due: also the student's target, or the actor and the targets of the policy stage."""
+        args = self.args
         if stage == "teacher":
             loss = self.teacher_loss(self.teacher, *batch, *draws, args.sigma_data)
-            self.descend(self.teacher_adam, loss, args.teacher_lr, n / args.teacher_steps)
+            descend(self.teacher_adam, loss)
             return {"teacher_loss": loss}
         if stage == "student":
             loss = self.student_loss((self.student, self.student_target, self.teacher), *batch, *draws, self.grid, args)
-            self.descend(self.student_radam, loss, args.student_lr, n / args.student_steps)
-            if n % STUDENT_TARGET_EVERY == 0:
+            descend(self.student_radam, loss)
+            if due:
                 soft_update(self.student_target, self.student, args.student_tau)
             return {"student_loss": loss}
-        batch = Batch(*batch)
+        batch, actor_metrics = Batch(*batch), {}
         target, metrics = self.td_target((self.actor_target, self.critic_target, self.student), batch, draws, args)
         loss, critic_metrics = self.critic_loss(self.critic, batch, target)
         gradient_step(self.critic_adam, loss, args.max_grad_norm)
-        if n % POLICY_EVERY == 0:
+        if due:
             soft_update(self.critic_target, self.critic, args.tau)
-            loss, self.actor_metrics = self.actor_loss((self.actor, self.actor_target, self.critic), batch, draws, args)
-            self.descend(self.actor_adam, loss, args.actor_lr, n // POLICY_EVERY / args.total_steps)  # ends at half
+            loss, actor_metrics = self.actor_loss((self.actor, self.actor_target, self.critic), batch, draws, args)
+            descend(self.actor_adam, loss)
             soft_update(self.actor_target, self.actor, args.tau)
-        return metrics | critic_metrics | self.actor_metrics
-
-    def descend(self, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float, progress: float) -> None:
-        """An unclipped step with cosine decay at `progress` of its length; no other network's parameters get a gradient."""
-        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * progress)) / 2
-        optimizer.zero_grad()
-        loss.backward(inputs=[p for p in optimizer.param_groups[0]["params"] if p.requires_grad])
-        optimizer.step()
+        return metrics | critic_metrics | actor_metrics
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
@@ -453,6 +474,46 @@ def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: floa
     optimizer.step()
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """On CUDA the step size is a tensor there, which a CUDA graph reads anew in each replay."""
+    group = optimizer.param_groups[0]
+    if not group["params"][0].is_cuda:
+        group["lr"] = lr
+    elif isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = torch.tensor(lr, device=group["params"][0].device)
+
+
+class GraphedUpdate:
+    """update(batch, draws, *flags) as CUDA graphs, one for each set of flags and batch size: it runs three times, is recorded,
+    and from then on replayed on the contents of new batches and draws. It may depend on nothing else that is not a tensor, and
+    never wait for the device. The metrics that it returns are overwritten by the next replay."""
+
+    def __init__(self, update: Callable):
+        self.update, self.stream, self.calls, self.graphs = update, torch.cuda.Stream(), Counter(), {}
+
+    def __call__(self, batch: tuple, draws: tuple, *flags) -> dict[str, Tensor]:
+        key, here = (*flags, *(x.shape for x in (*batch, *draws))), torch.cuda.current_stream()
+        self.calls[key] += 1
+        if self.calls[key] <= 3:  # compiles, and makes the moments of the optimisers
+            self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream):
+                metrics = self.update(batch, draws, *flags)
+            here.wait_stream(self.stream)
+            return metrics
+        if key not in self.graphs:
+            inputs, graph = deepcopy((batch, draws)), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                metrics = self.update(*inputs, *flags)
+            self.graphs[key] = graph, (*inputs[0], *inputs[1]), metrics
+        graph, inputs, metrics = self.graphs[key]
+        for recorded, new in zip(inputs, (*batch, *draws)):
+            recorded.copy_(new)
+        graph.replay()
+        return metrics
+
+
 def save_checkpoint(path: Path, state: dict) -> None:
     """Written under another name, then renamed: the checkpoint is the whole new one or still the previous one."""
     part, kinds = path.with_suffix(".part"), (OSError, RuntimeError)  # torch reports a full disk as RuntimeError
@@ -483,6 +544,8 @@ def load_checkpoint(path: Path) -> dict:
 def restore(agent: object, state: dict) -> None:
     """Agent and random numbers go on as they were; a state of other shapes is refused: a fused Adam writes past its end."""
     with explained(Exception, f"{state['path']} does not hold what its arguments describe", status=2):
+        for part in (part for part in state["agent"].values() if isinstance(part, dict) and "param_groups" in part):
+            part["param_groups"][0]["capturable"] = agent.device.type == "cuda"  # wherever it was saved
         agent.load_state_dict(state["agent"])
         for adam in (part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)):
             if any(m.ndim and m.shape != p.shape for p, moments in adam.state.items() for m in moments.values()):
@@ -507,7 +570,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
     if (args.episodes or args.video) and not args.eval_only:
         raise UserError("--episodes and --video go with --eval-only", status=2)
     for name, value in dataclasses.asdict(args).items():
-        least = 1 if isinstance(value, int) and name not in ("seed", "actor_target_start") else 0
+        least = 1 if isinstance(value, int) and name not in ("seed", "eval_workers", "actor_target_start") else 0
         if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < 2**31:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more, and less than 2^31", status=2)
         if state and name in own and name not in MAY_CHANGE and value != own[name]:
@@ -526,12 +589,11 @@ def main(argv: list[str] | None = None) -> dict:
     if args.compile and not args.eval_only:
         with explained(Exception, "--compile: torch.compile fails here; it needs a C++ compiler, on CUDA Triton", status=2):
             torch.compile(torch.sin)(torch.zeros(2, device=device))
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
 
-    def score(episodes: int) -> dict[str, float]:
-        done = agent.steps["policy"]
-        result = evaluate(agent.act, info, episodes, seed=1_000_000 + done)  # the same episodes in all runs
+    def show(step: int, result: dict[str, np.ndarray]) -> dict[str, float]:
         means = {f"eval/{name}": float(values.mean()) for name, values in result.items()}
-        tqdm.write(f"update {done:,}: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
+        tqdm.write(f"update {step:,}: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
         return means
 
     if args.eval_only:
@@ -539,8 +601,9 @@ def main(argv: list[str] | None = None) -> dict:
         restore(agent, state)
         print(describe(info))
         if args.video:
-            print(f"{args.video}: one episode, return {record_video(agent.act, info, args.video, seed=1_000_000):.2f}")
-        return score(args.episodes or args.eval_episodes)
+            print(f"{args.video}: one episode, return {record_video(agent.act, info, args.video, EVAL_SEED):.2f}")
+        done = agent.steps["policy"]
+        return show(done, evaluate(agent.act, info, args.episodes or args.eval_episodes, EVAL_SEED + done))
     if args.beta > 1 or args.hidden_dim % 32 or args.grid_points < 3 or not 0 < args.t_min < args.t_max:
         raise UserError("needed: beta <= 1, hidden_dim a multiple of 32, grid_points >= 3 and 0 < t_min < t_max", status=2)
     if args.stage in ("student", "policy") and not args.consistency:
@@ -570,7 +633,7 @@ def main(argv: list[str] | None = None) -> dict:
     agent = QDQ(**dims, args=args, device=device)
     agent.student.q_range.copy_(torch.tensor([low, high]))
     if state:
-        folder, rows, seconds = state["path"].parent, state["rows"], state["seconds"]
+        folder, rows, row, seconds = state["path"].parent, state["rows"], state["row"], state["seconds"]
         restore(agent, state)
     else:
         if args.consistency:
@@ -587,7 +650,7 @@ def main(argv: list[str] | None = None) -> dict:
                     getattr(agent, stage).load_state_dict(old["agent"][stage])
                     if agent.steps[stage] < was[f"{stage}_steps"]:
                         raise UserError(f"--consistency {args.consistency}: its {stage} is not finished", status=2)
-        rows, seconds = [], 0.0
+        rows, row, seconds = [], {"step": sum(agent.steps.values())}, 0.0
         folder = args.run_dir / args.env / ALGORITHM / time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
         folder.mkdir(parents=True)
     print(f"run folder  {folder}")
@@ -606,45 +669,63 @@ def main(argv: list[str] | None = None) -> dict:
         signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 
     # training
+    copied = partial(QDQ, **dims, args=dataclasses.replace(args, compile=False), device=device)
+    evaluator, waiting = Evaluator(copied, info, args.eval_workers), deque()  # rows, with their evaluation or None
+
+    def write_rows(wait: bool) -> None:
+        """In their order, as far as the evaluations are done, or after waiting for them."""
+        while waiting and (wait or waiting[0][1] is None or waiting[0][1].done()):
+            row, evaluation = waiting.popleft()
+            if evaluation:
+                row |= show(row["step"], evaluation.result())
+                score = row.get("eval/normalized_score", math.nan)
+                bar.set_postfix_str(f"return {row['eval/return']:.1f}, score {score:.1f}")
+            rows.append(row)
+            with explained(OSError, f"cannot write to {folder}; its checkpoint is as it was"):
+                table.writerow(row)
+                for name, value in row.items():
+                    board.add_scalar(name, value, row["step"])
+
     totals = {"teacher": args.teacher_steps, "student": args.student_steps, "policy": args.total_steps}
+    stages = [stage for stage in totals if args.stage in (stage, "all")]
+    stages = stages[max([i for i, stage in enumerate(stages) if state and agent.steps[stage]], default=0) :]  # from its stage on
     started = window = time.perf_counter()
-    for stage in [stage for stage in totals if args.stage in (stage, "all")]:
-        source, total, metrics = data if stage == "policy" else windows, totals[stage], {}
+    metrics = None if state else {}  # None: the checkpoint of a resumed run has what came before it at its step
+    for stage in stages:
+        source, total = data if stage == "policy" else windows, totals[stage]
         bar = tqdm(total=total, initial=agent.steps[stage], desc=stage, unit=" updates", mininterval=0.5)
         while True:
-            done, step, row = agent.steps[stage], sum(agent.steps.values()), {}  # step counts all stages, reused ones too
+            done, step = agent.steps[stage], sum(agent.steps.values())  # step counts all stages, reused ones too
             last = done == total or bool(stop)
             if metrics and (done % args.log_every == 0 or done % args.checkpoint_every == 0 or last):
                 values = torch.stack(list(metrics.values())).tolist()  # the only wait for the device
-                row = {f"train/{name}": value for name, value in zip(metrics, values)}
-                if broken := [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]:
+                found = {f"train/{name}": value for name, value in zip(metrics, values)}
+                if broken := [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]:
                     raise UserError(f"{', '.join(broken)} at update {step}; the last good checkpoint is in {folder}")
-                speed = {"time/updates_per_s": args.log_every / (time.perf_counter() - window)}
-                row = row | speed if done % args.log_every == 0 else {}  # checkpoints are only checked
-            due = stage == "policy" and args.eval and (done % args.eval_every == 0 or done == total)
-            if due and not any(past["step"] == step and "eval/return" in past for past in rows[-1:]):  # not before a resume
-                row |= score(args.eval_episodes)
-                bar.set_postfix_str(f"return {row['eval/return']:.1f}, score {row.get('eval/normalized_score', math.nan):.1f}")
-            if row:
-                rows.append({"step": step} | row)
-                with explained(OSError, f"cannot write to {folder}; its checkpoint is as it was"):
-                    table.writerow(rows[-1])
-                    for name, value in row.items():
-                        board.add_scalar(name, value, step)
-                window = time.perf_counter()
-            if done % args.checkpoint_every == 0 or last:
-                content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "agent": agent.state_dict()}
+                if done % args.log_every == 0:
+                    row |= found | {"time/updates_per_s": args.log_every / (time.perf_counter() - window)}
+            if metrics is not None and (done % args.checkpoint_every == 0 or last):
+                write_rows(wait=True)
+                content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "row": row}
                 content |= dims | {"rng": torch.get_rng_state(), "seconds": seconds + time.perf_counter() - started}
                 content |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-                save_checkpoint(folder / "checkpoint.pt", content)
+                save_checkpoint(folder / "checkpoint.pt", content | {"agent": agent.state_dict()})
+            if stop and done < total:
+                raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
+            due = stage == "policy" and args.eval and (done % args.eval_every == 0 or done == total)
+            if due or len(row) > 1:
+                waiting.append((row, evaluator(agent, args.eval_episodes, EVAL_SEED + done) if due else None))
+                window = time.perf_counter()
+            write_rows(wait=last or not args.eval_workers)
             if last:
                 break
             index = torch.randint(len(source[0]), (args.batch_size,), device=device)
             metrics = agent.update(stage, [column[index] for column in source], agent.draw(stage, args.batch_size))
+            row = {"step": step + 1}
             bar.update()
         bar.close()
-        if done < total:
-            raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
+        metrics, row = {}, {"step": step}
+    evaluator.close()
     board.close()
 
     # result

@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py                                    # everything, eager and compiled: ten minutes on two cores
     python benchmarks/throughput.py --scripts cped --modes eager       # one script
+    python benchmarks/throughput.py --device cuda --seconds 1          # on a GPU, where --compile makes each update a CUDA graph
 
 Random rows of the sizes of a task take the place of its dataset: the speed is the same. Each stage runs in a process of its own
 with the published settings. A row of the table, and a line of throughput.jsonl in --out, has for each
@@ -132,7 +133,7 @@ def measure(script: str, stage: str, mode: str, args: Args) -> dict:
             eager()
     floor = cycle / floor_seconds(products.shapes, device)
     step = make_step(script, stage, mode == "compile", args, device)
-    seconds_of(step, cycle, device)  # compiles
+    seconds_of(step, 4 * cycle if device.type == "cuda" else cycle, device)  # compiles; on CUDA records the graphs, too
     repeats = cycle * max(1, round(args.seconds * cycle / seconds_of(step, cycle, device) / cycle))
     cpu = time.process_time()
     rates = [repeats / seconds_of(step, repeats, device) for _ in range(args.windows)]

@@ -883,7 +883,7 @@ def test_evaluation_happens_once_per_step_and_resumes(flags, tmp_path, monkeypat
             signal.raise_signal(signal.SIGTERM)
         return {"return": np.ones(episodes), "episode_length": np.ones(episodes)}
 
-    monkeypatch.setattr(qdq, "evaluate", evaluate)
+    monkeypatch.setattr(common, "evaluate", evaluate)
     more = ["--eval", "--eval-every", "4", "--eval-episodes", "1"]
     with pytest.raises(common.UserError, match="stopped at update 29"):
         run([flag for flag in flags if flag != "--no-eval"], tmp_path, "once", *more)

@@ -57,7 +57,7 @@ def test_the_python_examples_of_the_readme_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "common.py"])
 def test_file_lengths(name):
-    ceiling = {"common.py": 526, "cped.py": 580, "qdq.py": 665}.get(name, 550)  # an environment; two stages, three stages
+    ceiling = {"common.py": 575, "cped.py": 655, "qdq.py": 750}.get(name, 620)  # an environment; two stages, three stages
     assert len((ROOT / name).read_text().splitlines()) <= ceiling
 
 
@@ -90,11 +90,23 @@ def test_every_argument_is_explained():
 def functions(name: str) -> dict[str, str]:
     source = (ROOT / name).read_text()
     return {
-        node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)
+        node.name: ast.get_source_segment(source, node)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
     }
 
 
-SHARED = ("soft_update", "gradient_step", "save_checkpoint", "load_checkpoint", "parse_args", "shuffled_batches")
+SHARED = (
+    "soft_update",
+    "gradient_step",
+    "set_lr",
+    "GraphedUpdate",
+    "save_checkpoint",
+    "load_checkpoint",
+    "restore",
+    "parse_args",
+)
+SHARED += ("shuffled_batches",)
 
 
 def test_shared_helpers_are_the_same_text_in_all_scripts():

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -182,6 +183,54 @@ def test_evaluations_do_not_disturb_training(flags, tmp_path):
     dac.main([*flags, "--total-steps", "20", "--eval-every", "7", "--eval-episodes", "1", "--run-dir", str(tmp_path / "b")])
     (a,), (b,) = ((tmp_path / name).glob("*/dac/*/checkpoint.pt") for name in "ab")
     assert_same_weights(a, b)
+
+
+@pytest.mark.parametrize("script", WIDE)
+def test_evaluations_beside_the_training_have_the_same_result(script, dataset, tmp_path):
+    module, small = (
+        __import__(script),
+        WIDE[script].replace("256", "16").split()[:-2] if script == "dac" else WIDE[script].split(),
+    )
+    for name, workers in (("in line", 0), ("beside", 2)):
+        flags = [
+            "--env",
+            "hopper-medium",
+            "--data",
+            str(dataset),
+            "--run-dir",
+            str(tmp_path / name),
+            "--eval-workers",
+            str(workers),
+        ]
+        more = ["--total-steps", "6", "--eval-every", "2", "--eval-episodes", "2", "--log-every", "3", "--checkpoint-every", "4"]
+        module.main([*flags, *small, *more])
+    in_line, beside = (faults.contents(tmp_path / name) for name in ("in line", "beside"))
+    assert not [line for line in faults.differences(in_line, beside) if "eval_workers" not in line]
+    (folder,) = (tmp_path / "beside").glob("*/*/seed*")
+    assert len([row for row in rows(folder) if row["eval/return"]]) == 4 and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_processes_that_evaluate_end_with_the_run(number, flags, tmp_path):
+    flags = [*flags, "--total-steps", "100000", "--eval-every", "20", "--eval-episodes", "1", "--eval-workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "dac.py", *flags], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while not list((tmp_path / "runs").glob("*/dac/*/checkpoint.pt")) or len(rows(run_folder(tmp_path))) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)  # Ctrl-C goes to all processes of a terminal
+    _, errors = process.communicate(timeout=60)
+    assert number == signal.SIGKILL or ("stopped at update" in errors and "Traceback" not in errors)
+    for _ in range(200):
+        alive = [child for child in children if Path(f"/proc/{child}/exe").exists()]  # not of a zombie
+        if not alive:
+            break
+        time.sleep(0.05)
+    assert not alive
 
 
 @pytest.mark.parametrize("threads", [1, 2])
