@@ -618,8 +618,8 @@ def main(argv: list[str] | None = None) -> dict:
             content |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
             for name in ("flow.pt", "checkpoint.pt")[step != start :]:
                 save_checkpoint(folder / name, content | {"agent": agent.state_dict()})
-        if stop and step < end:
-            raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
+        if last and step < end:
+            break  # an evaluation that is due is left to the run that goes on
         due = args.eval and step >= start and ((step - start) % args.eval_every == 0 or step == end)
         if due or len(row) > 1:
             waiting.append((row, evaluator(agent, args.eval_episodes, EVAL_SEED + step) if due else None))
@@ -635,6 +635,8 @@ def main(argv: list[str] | None = None) -> dict:
         bar.update()
     for part in (evaluator, bar, board):
         part.close()
+    if step < end:
+        raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
 
     # result
     scores = [row.get("eval/normalized_score", row["eval/return"]) for row in rows if "eval/return" in row][1:]  # trained

@@ -584,8 +584,8 @@ def main(argv: list[str] | None = None) -> dict:
             content |= dims | {"rng": torch.get_rng_state(), "seconds": seconds + time.perf_counter() - started}
             content |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
             save_checkpoint(folder / "checkpoint.pt", content | {"agent": agent.state_dict()})
-        if stop and step < args.total_steps:
-            raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
+        if last and step < args.total_steps:
+            break  # an evaluation that is due is left to the run that goes on
         due = args.eval and (step % args.eval_every == 0 or step == args.total_steps)
         if due or len(row) > 1:
             waiting.append((row, evaluator(agent, args.eval_episodes, EVAL_SEED + step) if due else None))
@@ -598,6 +598,8 @@ def main(argv: list[str] | None = None) -> dict:
         bar.update()
     for part in (evaluator, bar, board):
         part.close()
+    if step < args.total_steps:
+        raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
 
     # result
     scores = [row.get("eval/normalized_score", row["eval/return"]) for row in rows if "eval/return" in row][1:]  # trained

@@ -710,8 +710,8 @@ def main(argv: list[str] | None = None) -> dict:
                 content |= dims | {"rng": torch.get_rng_state(), "seconds": seconds + time.perf_counter() - started}
                 content |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
                 save_checkpoint(folder / "checkpoint.pt", content | {"agent": agent.state_dict()})
-            if stop and done < total:
-                raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
+            if last and done < total:
+                break  # an evaluation that is due is left to the run that goes on
             due = stage == "policy" and args.eval and (done % args.eval_every == 0 or done == total)
             if due or len(row) > 1:
                 waiting.append((row, evaluator(agent, args.eval_episodes, EVAL_SEED + done) if due else None))
@@ -724,6 +724,8 @@ def main(argv: list[str] | None = None) -> dict:
             row = {"step": step + 1}
             bar.update()
         bar.close()
+        if done < total:
+            raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
         metrics, row = {}, {"step": step}
     evaluator.close()
     board.close()
