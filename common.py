@@ -524,12 +524,18 @@ class Evaluator:
     def __init__(self, rebuild: Callable, info: dict, workers: int):
         self.rebuild, self.info, self.pool = rebuild, info, None
         if workers:
-            self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=end_with_parent)
+            context, precision = multiprocessing.get_context("spawn"), torch.get_float32_matmul_precision()
+            self.pool = ProcessPoolExecutor(workers, context, initializer=follow_parent, initargs=(precision,))
 
     def __call__(self, agent: object, episodes: int, seed: int) -> Future:
         if self.pool:
             torch.save(agent.state_dict(), state := io.BytesIO())
-            return self.pool.submit(evaluate_copy, self.rebuild, state.getvalue(), self.info, episodes, seed)
+            handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+            try:  # a process that this starts ignores them from its beginning
+                return self.pool.submit(evaluate_copy, self.rebuild, state.getvalue(), self.info, episodes, seed)
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
         future = Future()
         future.set_result(evaluate(agent.act, self.info, episodes, seed))
         return future
@@ -545,11 +551,12 @@ def evaluate_copy(rebuild: Callable, state: bytes, info: dict, episodes: int, se
     return evaluate(agent.act, info, episodes, seed)
 
 
-def end_with_parent() -> None:
-    """A process that evaluates leaves Ctrl-C to its parent, and does not outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+def follow_parent(precision: str) -> None:
+    """A process that evaluates leaves signals to the group to its parent, does not outlive it, and computes as it does."""
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    torch.set_float32_matmul_precision(precision)
 
 
 def record_video(act: Callable, info: dict, path: Path, seed: int) -> float:

@@ -33,6 +33,7 @@ import time
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
@@ -396,14 +397,9 @@ def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: floa
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """On CUDA the step size is a tensor there, which a CUDA graph reads anew in each replay."""
-    group = optimizer.param_groups[0]
-    if not group["params"][0].is_cuda:
-        group["lr"] = lr
-    elif isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
-        group["lr"].fill_(lr)
-    else:
-        group["lr"] = torch.tensor(lr, device=group["params"][0].device)
+    """On CUDA the step size is one and the same tensor, which a CUDA graph reads anew in each replay."""
+    group, device = optimizer.param_groups[0], optimizer.param_groups[0]["params"][0].device
+    group["lr"] = lr if device.type == "cpu" else torch.as_tensor(group["lr"], dtype=torch.float32, device=device).fill_(lr)
 
 
 class GraphedUpdate:
@@ -569,7 +565,7 @@ def main(argv: list[str] | None = None) -> dict:
     table = csv.DictWriter((folder / "metrics.csv").open("w", buffering=1), ["step", *columns, "time/updates_per_s"])
     table.writeheader()
     table.writerows(rows)  # those of a resumed run end at its checkpoint
-    board = SummaryWriter(str(folder), purge_step=agent.step + 1)
+    board = SummaryWriter(str(folder), purge_step=agent.step)
     stop: list[int] = []  # of signals: the run ends after a whole update; a second signal kills it
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -583,13 +579,14 @@ def main(argv: list[str] | None = None) -> dict:
         while waiting and (wait or waiting[0][1] is None or waiting[0][1].done()):
             row, evaluation = waiting.popleft()
             if evaluation:
-                row |= show(row["step"], evaluation.result())
+                with explained(BrokenExecutor, f"a process that evaluates has died; go on with --resume {folder}"):
+                    row |= show(row["step"], evaluation.result())
                 score = row.get("eval/normalized_score", math.nan)
                 bar.set_postfix_str(f"return {row['eval/return']:.1f}, score {score:.1f}")
             rows.append(row)
             with explained(OSError, f"cannot write to {folder}; its checkpoint is as it was"):
                 table.writerow(row)
-                for name, value in row.items():
+                for name, value in list(row.items())[1:]:
                     board.add_scalar(name, value, row["step"])
 
     start, end, measured, bar = args.flow_steps, args.flow_steps + args.total_steps, False, None
@@ -608,6 +605,7 @@ def main(argv: list[str] | None = None) -> dict:
                 for name, i in (("train", slice(min(split, 4096))), ("held_out", slice(split, split + 4096))):
                     found[f"log_density/{name}"] = float(agent.flow.log_density(data.obs[i], data.act[i]).mean())
             if broken := [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]:
+                write_rows(wait=True)
                 raise UserError(f"{', '.join(broken)} at update {step}; the last good checkpoint is in {folder}")
             if log:
                 row |= found | {"time/updates_per_s": args.log_every / (time.perf_counter() - window)}
@@ -624,7 +622,7 @@ def main(argv: list[str] | None = None) -> dict:
         if due or len(row) > 1:
             waiting.append((row, evaluator(agent, args.eval_episodes, EVAL_SEED + step) if due else None))
             window = time.perf_counter()
-        write_rows(wait=last or not args.eval_workers)
+        write_rows(wait=last)
         if last:
             break
         if step >= start and not measured and args.constraint == "dual" and args.flow_training == "frozen":

@@ -35,6 +35,7 @@ import time
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
@@ -376,7 +377,8 @@ class QDQ:
         self.actor = Actor(obs_dim, act_dim, args.hidden_dim, args.hidden_layers).to(device)
         self.critic = Critics(dim, args.hidden_dim, args.hidden_layers, args.critic_layer_norm).to(device)
         self.actor_target, self.critic_target = deepcopy(self.actor), deepcopy(self.critic)
-        adam, on_gpu = partial(torch.optim.Adam, fused=True, capturable=self.device.type == "cuda"), self.device.type == "cuda"
+        on_gpu = self.device.type == "cuda"
+        adam = partial(torch.optim.Adam, fused=True, capturable=on_gpu)
         self.teacher_adam, self.actor_adam = adam(self.teacher.parameters()), adam(self.actor.parameters())
         self.student_radam = torch.optim.RAdam(self.student.parameters(), capturable=on_gpu)
         self.critic_adam = adam(self.critic.parameters(), lr=args.critic_lr)
@@ -475,14 +477,9 @@ def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: floa
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """On CUDA the step size is a tensor there, which a CUDA graph reads anew in each replay."""
-    group = optimizer.param_groups[0]
-    if not group["params"][0].is_cuda:
-        group["lr"] = lr
-    elif isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
-        group["lr"].fill_(lr)
-    else:
-        group["lr"] = torch.tensor(lr, device=group["params"][0].device)
+    """On CUDA the step size is one and the same tensor, which a CUDA graph reads anew in each replay."""
+    group, device = optimizer.param_groups[0], optimizer.param_groups[0]["params"][0].device
+    group["lr"] = lr if device.type == "cpu" else torch.as_tensor(group["lr"], dtype=torch.float32, device=device).fill_(lr)
 
 
 class GraphedUpdate:
@@ -663,7 +660,7 @@ def main(argv: list[str] | None = None) -> dict:
     table = csv.DictWriter((folder / "metrics.csv").open("w", buffering=1), columns)
     table.writeheader()
     table.writerows(rows)  # those of a resumed run end at its checkpoint
-    board = SummaryWriter(str(folder), purge_step=sum(agent.steps.values()) + 1)
+    board = SummaryWriter(str(folder), purge_step=row["step"] + any(past["step"] == row["step"] for past in rows[-1:]))
     stop: list[int] = []  # of signals: the run ends after a whole update; a second signal kills it
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -677,13 +674,14 @@ def main(argv: list[str] | None = None) -> dict:
         while waiting and (wait or waiting[0][1] is None or waiting[0][1].done()):
             row, evaluation = waiting.popleft()
             if evaluation:
-                row |= show(row["step"], evaluation.result())
+                with explained(BrokenExecutor, f"a process that evaluates has died; go on with --resume {folder}"):
+                    row |= show(row["step"], evaluation.result())
                 score = row.get("eval/normalized_score", math.nan)
                 bar.set_postfix_str(f"return {row['eval/return']:.1f}, score {score:.1f}")
             rows.append(row)
             with explained(OSError, f"cannot write to {folder}; its checkpoint is as it was"):
                 table.writerow(row)
-                for name, value in row.items():
+                for name, value in list(row.items())[1:]:
                     board.add_scalar(name, value, row["step"])
 
     totals = {"teacher": args.teacher_steps, "student": args.student_steps, "policy": args.total_steps}
@@ -701,6 +699,7 @@ def main(argv: list[str] | None = None) -> dict:
                 values = torch.stack(list(metrics.values())).tolist()  # the only wait for the device
                 found = {f"train/{name}": value for name, value in zip(metrics, values)}
                 if broken := [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]:
+                    write_rows(wait=True)
                     raise UserError(f"{', '.join(broken)} at update {step}; the last good checkpoint is in {folder}")
                 if done % args.log_every == 0:
                     row |= found | {"time/updates_per_s": args.log_every / (time.perf_counter() - window)}
@@ -716,7 +715,7 @@ def main(argv: list[str] | None = None) -> dict:
             if due or len(row) > 1:
                 waiting.append((row, evaluator(agent, args.eval_episodes, EVAL_SEED + done) if due else None))
                 window = time.perf_counter()
-            write_rows(wait=last or not args.eval_workers)
+            write_rows(wait=last)
             if last:
                 break
             index = torch.randint(len(source[0]), (args.batch_size,), device=device)
@@ -724,11 +723,12 @@ def main(argv: list[str] | None = None) -> dict:
             row = {"step": step + 1}
             bar.update()
         bar.close()
+        if done < total or stage == stages[-1]:
+            evaluator.close()
+            board.close()
         if done < total:
             raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
         metrics, row = {}, {"step": step}
-    evaluator.close()
-    board.close()
 
     # result
     scores = [row.get("eval/normalized_score", row["eval/return"]) for row in rows if "eval/return" in row][1:]  # trained

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import cped
 import dac
@@ -40,19 +41,14 @@ def weights_after(script, compiled: bool, updates: int, device: str = "cpu", wra
     data = script.Batch(*(columns[name] for name in script.Batch._fields))
     windows = (torch.cat([data.obs, data.act], 1), data.rew[:, None].tanh())
     on_cpu, agent = agent, AGENTS[script](11, 3, script.Args(**SMALL[script.ALGORITHM], compile=compiled), device)
-    agent.load_state_dict(start)
+    script.restore(agent, {"path": "", "agent": start, "rng": torch.get_rng_state()})
     wrap(agent)
     for stage in ("teacher", "student", "policy") if script is qdq else ("policy",):
         for number in range(updates):
             index = torch.randint(64, (16 if number % 9 else 8,))
             rows = [column[index].to(device) for column in (windows if stage in ("teacher", "student") else data)]
             named = [stage] if script is qdq else []
-            draws = on_cpu.draw(*named, len(index))  # the same on every device
-            draws = (
-                [x.to(device) for x in draws]
-                if script is qdq and stage != "policy"
-                else type(draws)(*(x.to(device) for x in draws))
-            )
+            draws = tree_map(lambda x: x.to(device), on_cpu.draw(*named, len(index)))  # the same on every device
             agent.update(*named, rows if script is qdq else script.Batch(*rows), draws)
     networks = [name for name in vars(agent) if isinstance(getattr(agent, name), torch.nn.Module)]
     return {f"{name}.{key}": value.cpu() for name in networks for key, value in getattr(agent, name).state_dict().items()}

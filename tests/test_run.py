@@ -187,42 +187,30 @@ def test_evaluations_do_not_disturb_training(flags, tmp_path):
 
 @pytest.mark.parametrize("script", WIDE)
 def test_evaluations_beside_the_training_have_the_same_result(script, dataset, tmp_path):
-    module, small = (
-        __import__(script),
-        WIDE[script].replace("256", "16").split()[:-2] if script == "dac" else WIDE[script].split(),
-    )
-    for name, workers in (("in line", 0), ("beside", 2)):
-        flags = [
-            "--env",
-            "hopper-medium",
-            "--data",
-            str(dataset),
-            "--run-dir",
-            str(tmp_path / name),
-            "--eval-workers",
-            str(workers),
-        ]
-        more = ["--total-steps", "6", "--eval-every", "2", "--eval-episodes", "2", "--log-every", "3", "--checkpoint-every", "4"]
-        module.main([*flags, *small, *more])
-    in_line, beside = (faults.contents(tmp_path / name) for name in ("in line", "beside"))
+    more = "--total-steps 6 --eval-every 2 --eval-episodes 2 --log-every 3 --checkpoint-every 4"
+    for name, workers in (("in-line", 0), ("beside", 2)):
+        flags = f"--env hopper-medium --data {dataset} --run-dir {tmp_path / name} --eval-workers {workers} {WIDE[script]} {more}"
+        __import__(script).main(flags.split())
+    in_line, beside = (faults.contents(tmp_path / name) for name in ("in-line", "beside"))
     assert not [line for line in faults.differences(in_line, beside) if "eval_workers" not in line]
     (folder,) = (tmp_path / "beside").glob("*/*/seed*")
     assert len([row for row in rows(folder) if row["eval/return"]]) == 4 and not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_processes_that_evaluate_end_with_the_run(number, flags, tmp_path):
+@pytest.mark.parametrize(("number", "evaluated"), [(signal.SIGINT, 0), (signal.SIGTERM, 2), (signal.SIGKILL, 2)])
+def test_processes_that_evaluate_end_with_the_run(number, evaluated, flags, tmp_path):
+    """At once as they start, and later; Ctrl-C and many schedulers signal all processes of a group."""
     flags = [*flags, "--total-steps", "100000", "--eval-every", "20", "--eval-episodes", "1", "--eval-workers", "1"]
     process = subprocess.Popen(
         [sys.executable, "dac.py", *flags], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    while not list((tmp_path / "runs").glob("*/dac/*/checkpoint.pt")) or len(rows(run_folder(tmp_path))) < 2:
+    family, children = Path(f"/proc/{process.pid}/task/{process.pid}/children"), []
+    while not children or len(rows(run_folder(tmp_path))) < evaluated:
         assert process.poll() is None, process.stderr.read()
+        children = family.read_text().split() if list((tmp_path / "runs").glob("*/dac/*/checkpoint.pt")) else []
         time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert children
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)  # Ctrl-C goes to all processes of a terminal
+    (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert number == signal.SIGKILL or ("stopped at update" in errors and "Traceback" not in errors)
     for _ in range(200):
