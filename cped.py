@@ -320,8 +320,7 @@ class CPED:
         if self.step < self.flow_until:
             learn |= {"disc", "flow"} if (self.step + 1) % args.disc_updates == 0 else {"disc"}
             if args.flow_lr_end is not None:
-                share_left = (1 + math.cos(math.pi * min(self.step / args.flow_steps, 1))) / 2
-                set_lr(self.flow_adam, args.flow_lr_end + share_left * (args.flow_lr - args.flow_lr_end))
+                cosine_lr(self.flow_adam, args.flow_lr, min(self.step / args.flow_steps, 1), args.flow_lr_end)
         if step >= args.critic_start:
             learn.add("critic")
         if step >= 0 and (step + 1) % args.policy_every == 0:
@@ -396,8 +395,9 @@ def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: floa
     optimizer.step()
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """On CUDA the step size is one and the same tensor, which a CUDA graph reads anew in each replay."""
+def cosine_lr(optimizer: torch.optim.Optimizer, start: float, progress: float, end: float = 0.0) -> None:
+    """Step size on a cosine from start at progress 0 to end at 1; on CUDA one tensor, which each replay of a graph reads anew."""
+    lr = end + (1 + math.cos(math.pi * progress)) / 2 * (start - end)
     group, device = optimizer.param_groups[0], optimizer.param_groups[0]["params"][0].device
     group["lr"] = lr if device.type == "cpu" else torch.as_tensor(group["lr"], dtype=torch.float32, device=device).fill_(lr)
 

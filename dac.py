@@ -296,7 +296,7 @@ class DAC:
         """One iteration of Algorithm 1; returns `metrics`, 0-d tensors."""
         args = self.args
         for adam, lr in ((self.actor_adam, args.actor_lr), (self.critic_adam, args.critic_lr)):
-            set_lr(adam, lr * (1 + math.cos(math.pi * self.step / args.total_steps)) / 2)
+            cosine_lr(adam, lr, self.step / args.total_steps)
         target_due = self.step % args.actor_target_every == 0 and self.step > args.actor_target_start
         metrics = self.one_update(batch, draws, target_due)
         self.step += 1
@@ -358,8 +358,9 @@ def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: floa
     optimizer.step()
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """On CUDA the step size is one and the same tensor, which a CUDA graph reads anew in each replay."""
+def cosine_lr(optimizer: torch.optim.Optimizer, start: float, progress: float, end: float = 0.0) -> None:
+    """Step size on a cosine from start at progress 0 to end at 1; on CUDA one tensor, which each replay of a graph reads anew."""
+    lr = end + (1 + math.cos(math.pi * progress)) / 2 * (start - end)
     group, device = optimizer.param_groups[0], optimizer.param_groups[0]["params"][0].device
     group["lr"] = lr if device.type == "cpu" else torch.as_tensor(group["lr"], dtype=torch.float32, device=device).fill_(lr)
 

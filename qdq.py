@@ -411,7 +411,7 @@ class QDQ:
             "student": (self.student_radam, args.student_lr, n / args.student_steps, STUDENT_TARGET_EVERY),
             "policy": (self.actor_adam, args.actor_lr, n // POLICY_EVERY / args.total_steps, POLICY_EVERY),  # ends at half
         }[stage]
-        set_lr(optimizer, lr * (1 + math.cos(math.pi * progress)) / 2)
+        cosine_lr(optimizer, lr, progress)
         metrics = self.one_update(batch, draws, stage, n % every == 0)
         if "actor_loss" in metrics:
             self.actor_metrics = {name: metrics[name] for name in ("actor_loss", "policy_value", "log_prob")}
@@ -476,8 +476,9 @@ def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: floa
     optimizer.step()
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """On CUDA the step size is one and the same tensor, which a CUDA graph reads anew in each replay."""
+def cosine_lr(optimizer: torch.optim.Optimizer, start: float, progress: float, end: float = 0.0) -> None:
+    """Step size on a cosine from start at progress 0 to end at 1; on CUDA one tensor, which each replay of a graph reads anew."""
+    lr = end + (1 + math.cos(math.pi * progress)) / 2 * (start - end)
     group, device = optimizer.param_groups[0], optimizer.param_groups[0]["params"][0].device
     group["lr"] = lr if device.type == "cpu" else torch.as_tensor(group["lr"], dtype=torch.float32, device=device).fill_(lr)
 
@@ -599,8 +600,8 @@ def main(argv: list[str] | None = None) -> dict:
         print(describe(info))
         if args.video:
             print(f"{args.video}: one episode, return {record_video(agent.act, info, args.video, EVAL_SEED):.2f}")
-        done = agent.steps["policy"]
-        return show(done, evaluate(agent.act, info, args.episodes or args.eval_episodes, EVAL_SEED + done))
+        result = evaluate(agent.act, info, args.episodes or args.eval_episodes, EVAL_SEED + agent.steps["policy"])
+        return show(sum(agent.steps.values()), result)
     if args.beta > 1 or args.hidden_dim % 32 or args.grid_points < 3 or not 0 < args.t_min < args.t_max:
         raise UserError("needed: beta <= 1, hidden_dim a multiple of 32, grid_points >= 3 and 0 < t_min < t_max", status=2)
     if args.stage in ("student", "policy") and not args.consistency:

@@ -32,7 +32,7 @@ class DiffusionCloning(dac.DAC):
     def update(self, batch: dac.Batch, draws: dac.Draws) -> dict[str, torch.Tensor]:
         x = self.schedule.signal[draws.t][:, None] * batch.act + self.schedule.noise[draws.t][:, None] * draws.eps
         loss = (self.actor(batch.obs, x, draws.t) - draws.eps).square().mean()
-        dac.set_lr(self.actor_adam, self.args.actor_lr * (1 + math.cos(math.pi * self.step / self.args.total_steps)) / 2)
+        dac.cosine_lr(self.actor_adam, self.args.actor_lr, self.step / self.args.total_steps)
         dac.gradient_step(self.actor_adam, loss, self.args.max_grad_norm)
         self.step += 1
         return {"bc_loss": loss}
@@ -61,7 +61,7 @@ class GaussianCloning(qdq.QDQ):
             return {}
         batch = qdq.Batch(*batch)
         log_prob = torch.distributions.Normal(*self.actor(batch.obs)).log_prob(batch.act).sum(1).mean()
-        qdq.set_lr(self.actor_adam, self.args.actor_lr * (1 + math.cos(math.pi * self.steps[stage] / self.args.total_steps)) / 2)
+        qdq.cosine_lr(self.actor_adam, self.args.actor_lr, self.steps[stage] / self.args.total_steps)
         qdq.descend(self.actor_adam, -log_prob)
         return {"log_prob": log_prob}
 

@@ -355,10 +355,11 @@ def test_eta_follows_the_behaviour_loss_within_its_bounds():
 
 def test_learning_rates_follow_a_cosine_to_zero():
     agent, batch, draws = reference_agent(total_steps=8)
-    for n in range(8):
+    for n in range(9):
         agent.update(batch, draws)
         for adam in (agent.actor_adam, agent.critic_adam):
             assert adam.param_groups[0]["lr"] == pytest.approx(3e-4 * 0.5 * (1 + math.cos(math.pi * n / 8)))
+    assert agent.actor_adam.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(

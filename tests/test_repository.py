@@ -96,17 +96,8 @@ def functions(name: str) -> dict[str, str]:
     }
 
 
-SHARED = (
-    "soft_update",
-    "gradient_step",
-    "set_lr",
-    "GraphedUpdate",
-    "save_checkpoint",
-    "load_checkpoint",
-    "restore",
-    "parse_args",
-)
-SHARED += ("shuffled_batches",)
+SHARED = ("soft_update", "gradient_step", "cosine_lr", "GraphedUpdate", "shuffled_batches")
+SHARED += ("save_checkpoint", "load_checkpoint", "restore", "parse_args")
 
 
 def test_shared_helpers_are_the_same_text_in_all_scripts():
