@@ -414,7 +414,7 @@ class QDQ:
         cosine_lr(optimizer, lr, progress)
         metrics = self.one_update(batch, draws, stage, n % every == 0)
         if "actor_loss" in metrics:
-            self.actor_metrics = {name: metrics[name] for name in ("actor_loss", "policy_value", "log_prob")}
+            self.actor_metrics = {name: metrics[name].detach() for name in ("actor_loss", "policy_value", "log_prob")}
         self.steps[stage] += 1
         return metrics | (self.actor_metrics if stage == "policy" else {})
 
@@ -448,7 +448,7 @@ class QDQ:
         return self.actor(torch.as_tensor(obs, device=self.device))[0].cpu().numpy()
 
     def state_dict(self) -> dict:
-        others = {"steps": self.steps, "actor_metrics": {name: value.detach() for name, value in self.actor_metrics.items()}}
+        others = {"steps": self.steps, "actor_metrics": self.actor_metrics}
         return {name: getattr(self, name).state_dict() for name in self.parts} | others
 
     def load_state_dict(self, state: dict) -> None:
