@@ -37,7 +37,7 @@ class Args:
     batch_size: int = 256  # rows per update
     num_couplings: int = 12  # coupling layers: the plane wants more than cped.py has
     hidden_dim: int = 64  # width of the couplings' networks
-    lr: float = 2e-3  # step size of the discriminator and, at first, of the flow: a cosine takes it to a thirtieth
+    lr: float = 1e-3  # step size of the discriminator and, at first, of the flow: a cosine takes it to a thirtieth
     disc_updates: int = 1  # steps of the discriminator per step of the flow
     seed: int = 0  # seed of data, initialisation and noise
 
