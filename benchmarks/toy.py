@@ -136,7 +136,7 @@ def draw(line: list[plt.Axes], name: str, data: Bandit, agents: list[tuple]) -> 
     (behaviour, guided), (constrained, path), (pessimist, mean_path) = agents
     axis = torch.linspace(-1, 1, 61)
     plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2)
-    none, noise, scores = torch.zeros(SHOWN, 0), torch.randn(50, SHOWN, 2), {}
+    none, noise, scores = torch.zeros(SHOWN, 0), torch.randn(guided.args.diffusion_steps, SHOWN, 2), {}
 
     def points(panel: plt.Axes, act: Tensor) -> Tensor:
         colours = REWARDS[name](*act.T)
