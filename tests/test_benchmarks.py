@@ -119,6 +119,7 @@ def test_uncertainty_of_a_trained_student(tmp_path, monkeypatch):
     assert set(table["H"]) == {"data", "data + 0.1", "data + 0.3", "data + 1.0", "uniform"}
     assert all(row["mean"] > 0 for row in table["H"].values())
     assert len(list((tmp_path / "kept").glob("uncertainty-*.png"))) == 1
+    assert table["args"]["data"] == "long.hdf5"  # no path of this machine
 
 
 def test_throughput_counts_the_products_and_writes_a_row(tmp_path, monkeypatch):
