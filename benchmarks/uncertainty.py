@@ -191,7 +191,8 @@ def main(argv: list[str] | None = None) -> dict:
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"uncertainty-{name.split('/')[-1].removesuffix('.hdf5').removesuffix('.npz')}"
     text = markdown(name, result)
-    arguments = state["args"] | {"data": Path(state["args"]["data"]).name}  # without that machine's folders
+    paths = [key for key in ("data", "consistency") if state["args"][key]]
+    arguments = state["args"] | {key: Path(state["args"][key]).name for key in paths}  # without that machine's folders
     facts = {"dataset": name, "sha256": info["sha256"], "args": arguments, "versions": state["info"]["versions"]}
     stem.with_name(stem.name + ".json").write_text(json.dumps(result | facts, indent=1))
     stem.with_name(stem.name + ".md").write_text(text)

@@ -111,15 +111,18 @@ def test_pictures_of_bandits(tmp_path):
 def test_uncertainty_of_a_trained_student(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     dataset = write_hdf5(tmp_path / "long.hdf5", make_raw(2000, episode=500))  # has windows between windows
-    flags = ["--env", "hopper-medium", "--data", str(dataset), "--run-dir", str(tmp_path), "--no-eval", "--total-steps", "1"]
-    qdq.main([*flags, "--teacher-steps", "20", "--student-steps", "20", "--hidden-dim", "32"])
-    (folder,) = tmp_path.glob("hopper-medium/qdq/*")
+    flags = ["--env", "hopper-medium", "--data", str(dataset), "--no-eval", "--total-steps", "1"]
+    flags += ["--teacher-steps", "20", "--student-steps", "20", "--hidden-dim", "32"]
+    qdq.main([*flags, "--run-dir", str(tmp_path / "whole")])
+    (student,) = tmp_path.glob("whole/hopper-medium/qdq/*")
+    qdq.main([*flags, "--run-dir", str(tmp_path / "policy"), "--stage", "policy", "--consistency", str(student)])
+    (folder,) = tmp_path.glob("policy/hopper-medium/qdq/*")
     run_script(monkeypatch, "uncertainty.py", folder, "--out", tmp_path / "kept", "--rows", "50", "--samples", "8")
     (table,) = (json.loads(path.read_text()) for path in (tmp_path / "kept").glob("uncertainty-*.json"))
     assert set(table["H"]) == {"data", "data + 0.1", "data + 0.3", "data + 1.0", "uniform"}
     assert all(row["mean"] > 0 for row in table["H"].values())
     assert len(list((tmp_path / "kept").glob("uncertainty-*.png"))) == 1
-    assert table["args"]["data"] == "long.hdf5"  # no path of this machine
+    assert (table["args"]["data"], table["args"]["consistency"]) == ("long.hdf5", student.name)  # no path of this machine
 
 
 def test_throughput_counts_the_products_and_writes_a_row(tmp_path, monkeypatch):
