@@ -146,7 +146,7 @@ OWN = {
 }  # the other four tasks of hopper and walker2d have the defaults above, the other two mazes those of MAZE
 PRESETS = {task: (MAZE if task.startswith("antmaze") else {}) | OWN.get(task, {}) for task in TASKS}
 # Ours: a fifth of the sampled returns, faster targets and more of the behaviour term, for a Q of so few updates leads astray.
-QUICK = {"teacher_steps": 3_000, "student_steps": 6_000, "student_tau": 0.1, "total_steps": 6_000, "num_samples": 10, "tau": 0.02}
+QUICK = {"teacher_steps": 3_000, "student_steps": 4_000, "student_tau": 0.1, "total_steps": 5_000, "num_samples": 10, "tau": 0.02}
 QUICK |= {"gamma_ent": 16.0, "eval_every": 1_000, "eval_episodes": 10, "log_every": 500, "checkpoint_every": 2_000}
 
 # ----------------------------------------------------------------------------------------------------------- networks
