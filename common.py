@@ -91,12 +91,12 @@ MIN_SPEED, MAX_BYTES = 10_000, 1 << 30  # bytes per second of a download; bytes 
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
 
-class UserError(Exception):
-    """Something the user can put right, in one sentence: what is wrong, where, what to do."""
+class UserError(SystemExit):
+    """Something the user can put right, in one sentence: what is wrong, where, what to do. Ends a program that does not catch it."""
 
     def __init__(self, message: str, status: int = 1):
-        super().__init__(message)
-        self.status = status  # exit status: 2 for a mistyped command, 1 for the rest
+        super().__init__(f"error: {message}")
+        self.status = status
 
 
 @contextlib.contextmanager
@@ -147,7 +147,9 @@ def load_dataset(env: str, data: str = "auto", need_env: bool = True) -> tuple[d
     info = {"id": name, "file": str(path), "sha256": digest, "preset": strip_version(env) in TASKS} | facts | counts
     info["mean_score"] = None if info["ref_min"] is None else float(normalized_score(info["mean_return"], info))
     info["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
-    return arrays, info | {"versions": {"python": sys.version.split()[0]} | info["versions"]}
+    info["versions"] = {"python": sys.version.split()[0]} | info["versions"]
+    print(describe(info))
+    return arrays, info
 
 
 def strip_version(env: str) -> str:
