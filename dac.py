@@ -130,7 +130,7 @@ class Args:
     num_critics: int = 10  # H
     num_next_actions: int = 10  # next actions per transition in the critic target, N
     next_action_reduce: Literal["mean", "max"] = "mean"  # how a critic's N values become one
-    critic_reduce: Literal["lcb", "min"] = "lcb"  # how the H values become one
+    q_target: Literal["lcb", "min"] = "lcb"  # how the H values become one
     rho: float = 1.0  # width of the lower confidence bound, in standard deviations
     eta: float = 1.0  # initial weight of the behaviour term
     eta_lr: float = 1e-3  # step size of the dual ascent on eta; 0 keeps eta fixed
@@ -364,7 +364,7 @@ class DAC:
             q = q.mean(dim=2)  # deviation 4
         else:
             q = q.amax(dim=2)
-        if args.critic_reduce == "lcb":
+        if args.q_target == "lcb":
             value = q.mean(dim=0) - args.rho * q.std(dim=0, unbiased=False)  # Q_LCB
         else:
             value = q.amin(dim=0)
