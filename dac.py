@@ -32,6 +32,7 @@ published numbers:
 import csv
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -581,6 +582,7 @@ def new_folder(args: Args) -> Path:
 def stop_if_not_finite(values: dict[str, float], step: int, folder: Path) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
+            print(file=sys.stderr)  # the progress bar has left its line open
             sys.exit(
                 f"error: {name} is {value} at update {step};"
                 f" the last good checkpoint, if there is one, is in {folder}"
@@ -589,10 +591,12 @@ def stop_if_not_finite(values: dict[str, float], step: int, folder: Path) -> Non
 
 def save(content: dict, path: Path) -> None:
     """Replaces the file in one step: after a crash it is the whole old or the whole new one."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     part = path.with_suffix(".part")
     try:
         with part.open("wb") as file:
-            torch.save(content, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

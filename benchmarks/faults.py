@@ -143,7 +143,7 @@ def differences(a, b, name: str = "") -> Iterator[str]:
     """Names of the entries in which two nested structures differ, to the bit."""
     if isinstance(a, dict) and isinstance(b, dict):
         yield from (f"{name}/{key} is in one only" for key in a.keys() ^ b.keys())
-        for key in (a.keys() & b.keys()) - {"seconds", "time/updates_per_s"}:  # wall-clock times
+        for key in (a.keys() & b.keys()) - {"seconds", "time/updates_per_s", "run_dir"}:  # wall-clock times
             yield from differences(a[key], b[key], f"{name}/{key}")
     elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         for i, pair in enumerate(zip(a, b)):
