@@ -369,7 +369,7 @@ class DAC:
             value = q.mean(dim=0) - args.rho * q.std(dim=0, unbiased=False)  # Q_LCB
         else:
             value = q.amin(dim=0)
-        return batch.rew + args.discount * batch.not_done * value
+        return batch.rew + args.discount * batch.not_done * value  # y of Eq. 18
 
     def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 18: mean over critics and batch of (Q_h(s, a) - y)^2; and metrics."""
