@@ -366,11 +366,11 @@ def coupling_net(fan_in: int, hidden_dim: int, fan_out: int) -> nn.Sequential:
     """[B, fan_in] -> shift [B, fan_out]; starts near 0, so that the flow starts near identity."""
     net = nn.Sequential(
         nn.Linear(fan_in, hidden_dim),  # deviation 6
-        nn.LeakyReLU(0.01),
+        nn.LeakyReLU(0.01, inplace=True),
         nn.Linear(hidden_dim, hidden_dim),
-        nn.LeakyReLU(0.01),
+        nn.LeakyReLU(0.01, inplace=True),
         nn.Linear(hidden_dim, fan_out),
-        nn.LeakyReLU(0.01),  # deviation 8
+        nn.LeakyReLU(0.01, inplace=True),  # deviation 8
     )
     for layer in net[::2]:
         nn.init.uniform_(layer.weight, -0.01, 0.01)
@@ -443,6 +443,7 @@ class CPED:
 
         if args.compile:  # not disc_loss, which is differentiated twice
             self.flow_loss = torch.compile(self.flow_loss, dynamic=False)
+        if args.compile and device != "cpu":  # on a CPU they become slower
             self.td_target = torch.compile(self.td_target, dynamic=False)
             self.critic_loss = torch.compile(self.critic_loss, dynamic=False)
             self.cloning_loss = torch.compile(self.cloning_loss, dynamic=False)
