@@ -10,12 +10,12 @@ A multiplier alpha, here `lagrange`, weighs the constraint.
     python cped.py --env hopper-medium --seed 1 --flow runs/hopper-medium/cped/seed0-20260101-120000
     python cped.py --resume runs/hopper-medium/cped/seed0-20260101-120000
 
-The flow and the schedule of the paper, as far as they are known, are one command:
+The paper's own setting, as far as it is known:
 
     python cped.py --env hopper-medium --constraint dual --flow-training joint \\
         --flow-steps 20000 --critic-start 10000 --actor-q-start 30000
 
-Where paper and released code differ, the defaults follow the code:
+Where paper and released code differ, the defaults follow the code, except in 2, 5, 6 and 11:
 
  1. The paper finds alpha by dual gradient descent (--constraint dual). The code takes it from
     a table, and has no region: -log L(s, pi(s)) counts everywhere (--constraint schedule).
@@ -26,7 +26,8 @@ Where paper and released code differ, the defaults follow the code:
     ours stops where the policy violates the constraint as much as the data do. It moves by at
     most lagrange_lr per step and stays in [lagrange_min, lagrange_max].
  4. The paper trains the flow for 20,000 updates, then jointly with the policy. The code trains
-    it for 500,000 updates, then freezes it.
+    it for 500,000 updates, then freezes it. --flow-training joint alone is neither: the command
+    above has the paper's lengths, too.
  5. The inverse of the flow undoes the scaling first. The code undoes it last, which is not the
     inverse.
  6. The code divides the inputs of all linear layers of the flow by sqrt(1 + 1e-6), which
@@ -117,7 +118,10 @@ FLOW_ARGS = (  # in which a flow from --flow must agree
     "penalty_weight",
     "batch_size",
 )
-DENSITY_METRICS = ("log_density/train", "log_density/held_out")  # mean of log L(s, a), in nats
+DENSITY_METRICS = (  # mean of log L(s, a) in nats, as long as the flow learns
+    "log_density/train",  # of 4,096 transitions that the flow learns from
+    "log_density/held_out",  # of 4,096 that it never sees
+)
 EVAL_METRICS = ("eval/return", "eval/normalized_score", "eval/episode_length")
 
 # Shapes: B batch, S observation dim, A action dim, D = S + A, E environments.
@@ -199,7 +203,8 @@ ANTMAZE = dict(
     eval_every=50_000,
     eval_episodes=100,
 )
-# AntMaze has 1,000,000 updates in both stages together, and its table counts both.
+# The code's runs have 1,000,000 updates in both stages together, and its table counts them all.
+# Here the table counts the updates of the policy stage.
 MAZE = dict(flow_steps=300_000, total_steps=700_000, lagrange_from=(0, 200_001, 500_001))
 LARGE_MAZE = dict(flow_steps=400_000, total_steps=600_000, lagrange_from=(0, 100_001, 400_001))
 
@@ -307,9 +312,9 @@ class Discriminator(nn.Module):
 
 def normalize(h: Tensor) -> Tensor:
     """Each row of h minus its mean, over its standard deviation."""
-    mean = h.mean(dim=1, keepdim=True)
+    centred = h - h.mean(dim=1, keepdim=True)
     std = h.std(dim=1, keepdim=True)
-    return (h - mean) / (std + 1e-6)
+    return centred / (std + 1e-6)
 
 
 # ----------------------------------------------------------------- flow-GAN
@@ -363,8 +368,8 @@ class Flow(nn.Module):
 
 
 def coupling_net(fan_in: int, hidden_dim: int, fan_out: int) -> nn.Sequential:
-    """[B, fan_in] -> shift [B, fan_out]; starts near 0, so that the flow starts near identity."""
-    net = nn.Sequential(
+    """[B, fan_in] -> shift [B, fan_out]. It starts near 0, so that the flow starts near z = x."""
+    net = nn.Sequential(  # the activations work in place, which is faster
         nn.Linear(fan_in, hidden_dim),  # deviation 6
         nn.LeakyReLU(0.01, inplace=True),
         nn.Linear(hidden_dim, hidden_dim),
@@ -426,18 +431,18 @@ class CPED:
         self.flow = Flow(self.dim, args.num_couplings, args.flow_hidden_dim)
         self.flow.to(device).requires_grad_(False)  # only its own steps need its gradient
         self.flow_adam = torch.optim.Adam(  # deviation 8
-            self.flow.parameters(), args.flow_lr, betas=(0.9, 0.01), eps=1e-4, fused=True
+            self.flow.parameters(), lr=args.flow_lr, betas=(0.9, 0.01), eps=1e-4, fused=True
         )
         self.disc = Discriminator(self.dim).to(device)
-        self.disc_adam = torch.optim.Adam(self.disc.parameters(), args.disc_lr, fused=True)
+        self.disc_adam = torch.optim.Adam(self.disc.parameters(), lr=args.disc_lr, fused=True)
 
         self.actor = Actor(obs_dim, act_dim, args.hidden_dim).to(device)
         self.actor_target = deepcopy(self.actor).requires_grad_(False)
-        self.actor_adam = torch.optim.Adam(self.actor.parameters(), args.actor_lr, fused=True)
+        self.actor_adam = torch.optim.Adam(self.actor.parameters(), lr=args.actor_lr, fused=True)
 
         self.critic = Critics(obs_dim, act_dim, args.hidden_dim).to(device)
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
-        self.critic_adam = torch.optim.Adam(self.critic.parameters(), args.critic_lr, fused=True)
+        self.critic_adam = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, fused=True)
 
         self.lagrange = torch.tensor(float(args.lagrange), device=device)  # alpha
 
@@ -885,7 +890,7 @@ def main(argv: list[str] | None = None) -> dict:
     datasets = {"flow": train_data, "policy": all_data}
     if args.flow_training == "joint":
         datasets["policy"] = train_data  # the flow learns in this stage, too
-    density_rows = (train_rows[:4096], held_out_rows[:4096])  # as in DENSITY_METRICS
+    density_rows = (train_rows[:4096], held_out_rows[:4096])  # of DENSITY_METRICS
     obs_dim = all_data.obs.shape[1]
     act_dim = all_data.act.shape[1]
 
