@@ -1,655 +1,1039 @@
-"""CPED: Constrained Policy optimization with Explicit behavior Density (Zhang et al.; NeurIPS 2023; arXiv:2301.12130).
+"""CPED: Constrained Policy optimization with Explicit behavior Density (NeurIPS 2023).
 
-A flow-GAN learns the density p(s, a) of the data: a normalising flow, so that log p is exact, trained by likelihood and by a
-WGAN-GP critic on its samples. TD3 then maximises Q inside the region -log p(s, pi(s)) < epsilon, by a Lagrange multiplier.
+Zhang, Zhang, Wang, Jing, arXiv:2301.12130. A flow-GAN learns the density L(s, a) of the data:
+a normalising flow, so that log L is exact, trained by likelihood and against a discriminator
+(Eq. 4). TD3 then maximises Q inside the region {(s, a): -log L(s, a) < epsilon} (Eq. 6 and 7).
+A multiplier alpha, here `lagrange`, weighs the constraint.
 
-    python cped.py --env hopper-medium                # the released lengths, on CUDA where there is one
-    python cped.py --env hopper-medium --quick        # small protocol for a laptop: five minutes on two cores
-    python cped.py --env hopper-medium --resume       # go on with the newest run of this task and seed, exactly
-    python cped.py --env hopper-medium --seed 1 --flow runs/hopper-medium/cped/seed0-20260101-120000  # with its flow
+    python cped.py --env hopper-medium                   # published settings
+    python cped.py --env hopper-medium-replay --quick    # five minutes on a laptop
+    python cped.py --env hopper-medium --seed 1 --flow runs/hopper-medium/cped/seed0-20260101-120000
+    python cped.py --resume runs/hopper-medium/cped/seed0-20260101-120000
 
-Where paper and released code differ:
- 1. Paper: hinge at epsilon, multiplier by dual ascent (--constraint dual), which could only rise: ours rests where the mean
-    violation is that of the data. Code: no hinge, multipliers from a table (schedule), our default, as it scored better.
- 2. The table counts from the policy stage and is positive (the code's formula is 0 in one step, and negative if F < 500,000).
- 3. Paper: flow trained 20,000 steps, then jointly with the policy (--flow-training joint). Code: 500,000, then frozen.
- 4. NICE is inverted with un-scaling first (in the code last, which is no inverse), and re-seeds no generator. No unused passes.
- 5. As the code: D outputs of the discriminator, averaged; penalty weight 0.5, N(0, 1) mixing (--penalty-mix); flow Adam with
-    betas (0.9, 0.01) and eps 1e-4 in every fifth update; three layers per net (paper: four); WGAN-GP only; raw flow inputs.
- 6. As the code: target actions leave the box (--clip-target-action); Q is not normalised, its minimum guides the actor; first
-    the actor only clones, and critics start late. Flow and actor move in the last of 5 and 2 updates (there in the first).
- 7. A value that is not finite ends the run (there the update is skipped); --seed counts; no transition crosses a timeout.
- 8. Ours: RealNVP's start near the identity and bound on l (it overflows); 5 % held out; --flow-lr-end; one evaluated action.
+The paper's own setting, as far as it is known:
+
+    python cped.py --env hopper-medium --constraint dual --flow-training joint \\
+        --flow-steps 20000 --critic-start 10000 --actor-q-start 30000
+
+Where paper and released code differ, the defaults follow the code, except in 2, 5, 6 and 11:
+
+ 1. The paper finds alpha by dual gradient descent (--constraint dual). The code takes it from
+    a table, and has no region: -log L(s, pi(s)) counts everywhere (--constraint schedule).
+ 2. The table counts from the first update of the policy stage, and all its multipliers are
+    positive. The code's formula gives 0 in one update, and less if the flow stage is shorter
+    than 500,000 updates.
+ 3. With dual, the hinge and the resting point are ours. The paper's multiplier can only grow;
+    ours stops where the policy violates the constraint as much as the data do. It moves by at
+    most lagrange_lr per step and stays in [lagrange_min, lagrange_max].
+ 4. The paper trains the flow for 20,000 updates, then jointly with the policy. The code trains
+    it for 500,000 updates, then freezes it. --flow-training joint alone is neither: the command
+    above has the paper's lengths, too.
+ 5. The inverse of the flow undoes the scaling first. The code undoes it last, which is not the
+    inverse.
+ 6. The code divides the inputs of all linear layers of the flow by sqrt(1 + 1e-6), which
+    changes log L in the seventh digit. We do not.
+ 7. The discriminator has D outputs, and the losses average them. The gradient penalty weighs
+    0.5, and its mixing weights come from N(0, 1), not from U(0, 1).
+ 8. The flow learns in every fifth update, by Adam with betas (0.9, 0.01) and eps 1e-4. Its
+    networks have three layers (paper: four), and their outputs are activated too. Its inputs
+    are not normalised.
+ 9. The target's noisy action may leave [-1, 1]. --clip-target-action clips it, as TD3 does.
+10. The actor maximises the minimum of both critics, which is not normalised. At first it only
+    maximises the likelihood, and the critics start late.
+11. Flow, actor and targets move in the last of 5 or 2 updates, in the code in the first.
+
+Ours: the targets start as copies, batches are shuffled epochs (the code draws them with
+replacement), and no transition crosses a timeout. 5 % of the transitions are held out from the
+flow, and with joint training from the policy, too. We evaluate 10 episodes every 10,000 updates
+(the code: 5,000 environment steps every 1,000 updates), with one action per step (the code
+takes the best of 100 equal ones). --flow-lr-end is for short flow stages.
 """
 
 import csv
-import dataclasses
+import hashlib
+import inspect
+import io
+import itertools
 import json
 import math
 import os
-import signal
+import re
 import sys
 import time
 import zipfile
-from collections import Counter, deque
-from collections.abc import Callable
-from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from copy import deepcopy
-from functools import partial
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from statistics import mean
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 import tyro
-from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import TASKS, Evaluator, UserError, describe, evaluate, explained, load_dataset, record_video, strip_version
+from common import evaluate, load_dataset
 
 ALGORITHM = "cped"
-PER_CALL = ("resume", "eval_only", "episodes", "video", "run_dir", "flow")  # arguments that a run does not keep
-MAY_CHANGE = ("data", "device", "compile", "tf32", "eval_workers", "run_dir")  # arguments that may differ when a run is resumed
-EVAL_SEED = 1_000_000  # plus the update: all runs are evaluated on the same episodes
-EVAL_COLUMNS = ("eval/return", "eval/normalized_score", "eval/episode_length")
+EVAL_SEED = 1_000_000  # plus the policy update: all runs are evaluated on the same episodes
+FINAL_SEED = 1_000_000_000  # episodes that no evaluation before has seen
+MAY_BE_ZERO = (  # all other counts are at least 1
+    "seed",
+    "joint_steps",
+    "critic_start",
+    "actor_q_start",
+    "lagrange_table",
+    "lagrange_from",
+)
+AT_MOST_ONE = ("discount", "tau", "epsilon_quantile")
+RESUME_MAY_CHANGE = (
+    "resume",
+    "run_dir",
+    "data",
+    "device",
+    "compile",
+    "total_steps",
+    "stop_after",
+    "log_every",
+    "checkpoint_minutes",
+    "eval",
+    "eval_every",
+    "eval_episodes",
+    "final_episodes",
+)
+FLOW_ARGS = (  # in which a flow from --flow must agree
+    "flow_steps",
+    "num_couplings",
+    "flow_hidden_dim",
+    "flow_lr",
+    "flow_lr_end",
+    "disc_lr",
+    "disc_updates",
+    "mle_weight",
+    "penalty_weight",
+    "batch_size",
+)
+DENSITY_METRICS = (  # mean of log L(s, a) in nats, as long as the flow learns
+    "log_density/train",  # of 4,096 transitions that the flow learns from
+    "log_density/held_out",  # of 4,096 that it never sees
+)
+EVAL_METRICS = ("eval/return", "eval/normalized_score", "eval/episode_length")
 
-# ---------------------------------------------------------------------------------------------------------- arguments
+# Shapes: B batch, S observation dim, A action dim, D = S + A, E environments.
 
 
-@dataclasses.dataclass
+# ---------------------------------------------------------------- arguments
+
+
+@dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # task, Minari id (mujoco/hopper/medium-v0) or, with a file as data, any Gymnasium id
-    data: str = "auto"  # auto, d4rl, minari, bundled, or the path of an HDF5 or NPZ file in D4RL's layout
-    seed: int = 0  # seed of initialisation, batches and noise; evaluation has seeds of its own
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
-    total_steps: int = 1_000_000  # updates of the policy stage, after flow_steps updates of the flow stage
-    batch_size: int = 256  # transitions per update, B
-    eval_every: int = 1_000  # updates between evaluations, beginning before the first update of the policy stage
-    eval_episodes: int = 5  # episodes per evaluation
+    env: str = "hopper-medium"  # task, Minari id or, with a file as data, any Gymnasium id
+    data: str = "auto"  # auto, d4rl, minari, bundled, or the path of a file in D4RL's layout
+    seed: int = 0  # seed of initialisation, batches and noise; evaluation has its own
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # CUDA if available
+    compile: bool = False  # compile the losses with torch.compile
+    quick: bool = False  # a small protocol of our own, for a machine without a GPU
+    resume: str | None = None  # folder of a run to go on with
+    run_dir: str = "runs"  # root folder of all runs
+    total_steps: int = 1_000_000  # updates of the policy stage, after those of the flow stage
+    stop_after: int | None = (
+        None  # policy update after which to end early, with a result; resumable
+    )
     log_every: int = 1_000  # updates between log rows, which show the newest minibatch
-    checkpoint_every: int = 10_000  # updates between checkpoints
-    run_dir: Path = Path("runs")  # root folder of all runs
-    # go on with this run, or without PATH with the newest of this task and seed
-    resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[PATH]")] = None
-    eval_only: Path | None = None  # checkpoint to evaluate without any training
-    episodes: int | None = None  # episodes of --eval-only, by default as many as an evaluation of the run had
-    video: Path | None = None  # file for a video of one episode, with --eval-only
+    checkpoint_minutes: float = 5.0  # minutes between checkpoints
     eval: bool = True  # --no-eval trains without an environment
-    eval_workers: int = 0  # processes that evaluate while training goes on, with the same result; 0: it waits
-    compile: bool = False  # compile the flow's loss with torch.compile; on CUDA each update also becomes one CUDA graph
-    tf32: bool = False  # on CUDA, products of TensorFloat-32: faster, with 10 bits of mantissa for 23
-    quick: bool = False  # a small protocol, ours and not the paper's, for a machine without a GPU
-    flow: Path | None = None  # flow.pt of another run, or that run's folder: skips the flow stage
+    eval_every: int = 10_000  # policy updates between evaluations
+    eval_episodes: int = 10  # episodes per evaluation
+    final_episodes: int = 100  # episodes that score the last policy
+    flow: str | None = None  # folder, flow.pt or checkpoint of a run whose flow to take
+
     # data
-    reward_transform: Literal["minus_one", "none"] = "none"  # minus_one: r - 1, as published for AntMaze
+
+    # r - 1, as published for AntMaze, or r
+    reward_transform: Literal["minus_one", "none"] = "none"
+    batch_size: int = 256  # transitions per update, B
+
     # optimisation
     discount: float = 0.99  # gamma
     actor_lr: float = 1e-4  # Adam step size of the actor
     critic_lr: float = 3e-4  # Adam step size of the critics
     flow_lr: float = 1e-4  # Adam step size of the flow
-    flow_lr_end: float | None = None  # its value at the end of the flow stage, by a cosine from flow_lr; ours, for short stages
+    flow_lr_end: float | None = None  # step size at the end of the flow stage, by a cosine; ours
     disc_lr: float = 1e-4  # Adam step size of the discriminator
     tau: float = 0.005  # rate of the target networks
     policy_every: int = 2  # updates between steps of the actor and of all targets
     hidden_dim: int = 256  # width of the two hidden layers of actor and critics
+
     # algorithm
-    flow_type: Literal["nice", "realnvp"] = "nice"  # additive or affine couplings
-    flow_steps: int = 500_000  # F, updates of the flow stage; 20_000 in the paper, with joint training
-    flow_training: Literal["frozen", "joint"] = "frozen"  # in the policy stage
-    joint_steps: int = 480_000  # updates of the policy stage that train the flow too, with joint training
+    flow_steps: int = 500_000  # updates of the flow stage
+    flow_training: Literal["frozen", "joint"] = "frozen"  # what the flow does in the policy stage
+    joint_steps: int = 480_000  # policy updates in which the flow still learns, with joint
     num_couplings: int = 4  # coupling layers of the flow
     flow_hidden_dim: int = 750  # width of the two hidden layers of each coupling's network
     disc_updates: int = 5  # steps of the discriminator per step of the flow
-    mle_weight: float = 1.0  # lambda, weight of the likelihood: the adversarial term is divided by it
+    mle_weight: float = 1.0  # lambda of Eq. 4; the adversarial term is divided by it
     penalty_weight: float = 0.5  # weight of the gradient penalty
-    penalty_mix: Literal["normal", "uniform"] = "normal"  # weights of real against generated rows: N(0, 1) or U(0, 1)
     target_noise: float = 0.2  # standard deviation of the noise on the target's action
     target_noise_clip: float = 0.5  # bound of that noise
     clip_target_action: bool = False  # clip the noisy action to [-1, 1], as TD3 does
-    critic_start: int = 30_000  # update of the policy stage from which the critics learn
-    actor_q_start: int = 50_000  # update of the policy stage from which the actor sees Q; before, it only clones
-    constraint: Literal["dual", "schedule"] = "schedule"  # dual: the paper's; schedule: the released table
-    epsilon_quantile: float | None = None  # epsilon is this quantile of the batch's own -log p(s, a) instead of its mean
-    tolerance: float = 1.0  # mean violation at which the dual ascent rests, by that of the data's own actions; ours
-    lagrange: float = 10.0  # initial multiplier alpha, with dual; ours
-    lagrange_lr: float = 0.01  # step size of the dual ascent per nat, of which one counts at most; ours
-    lagrange_min: float = 0.1  # lower bound of the multiplier; ours
-    lagrange_max: float = 1_000.0  # upper bound of the multiplier; ours
-    lagrange_table: tuple[float, ...] = (1_000, 10, 7.5, 5, 2.5, 1.5)  # multipliers, with schedule
-    lagrange_from: tuple[int, ...] = (0, 100_001, 200_000, 300_000, 400_000, 500_001)  # first policy update of each
+    critic_start: int = 30_000  # policy update from which the critics learn
+    actor_q_start: int = 50_000  # policy update from which the actor sees Q
+    constraint: Literal["schedule", "dual"] = "schedule"  # alpha from a table, or dual descent
+    lagrange_table: tuple[float, ...] = (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5)  # schedule: alphas
+    # schedule: the policy update from which each alpha holds
+    lagrange_from: tuple[int, ...] = (0, 100_001, 200_000, 300_000, 400_000, 500_001)
+    epsilon_quantile: float | None = None  # dual: epsilon is this quantile of -log L, not its mean
+    lagrange: float = 10.0  # dual: initial alpha; ours
+    lagrange_lr: float = 0.01  # dual: step size of alpha per nat; ours
+    lagrange_min: float = 0.1  # dual: lower bound of alpha; ours
+    lagrange_max: float = 1000.0  # dual: upper bound of alpha; ours
 
 
-# From README commands: halfcheetah-medium (the defaults above), antmaze-umaze, large mazes; others by extension. Ours: episodes.
-ANTMAZE = {"actor_lr": 3e-4, "reward_transform": "minus_one", "lagrange_table": (0.25, 0.1, 0.08), "eval_episodes": 100}
-LARGE = ANTMAZE | {"eval_every": 50_000, "flow_steps": 400_000, "total_steps": 600_000, "lagrange_from": (0, 100_001, 400_001)}
-ANTMAZE |= {"eval_every": 50_000, "flow_steps": 300_000, "total_steps": 700_000, "lagrange_from": (0, 200_001, 500_001)}
-PRESETS = {task: LARGE if "large" in task else ANTMAZE if "antmaze" in task else {} for task in TASKS}
-QUICK = {"flow_steps": 6_000, "flow_hidden_dim": 256, "flow_lr": 1e-3, "flow_lr_end": 3e-5, "disc_updates": 1, "log_every": 500}
-QUICK |= {"total_steps": 16_000, "critic_start": 2_000, "actor_q_start": 4_000, "eval_every": 2_000, "checkpoint_every": 4_000}
-QUICK |= {"eval_episodes": 5, "actor_lr": 1e-3, "critic_lr": 1e-3, "lagrange_table": (10,), "lagrange_from": (0,)}
-FLOW_ARGS = ("flow_type", "flow_steps", "num_couplings", "flow_hidden_dim", "flow_lr", "flow_lr_end", "disc_lr", "disc_updates")
-FLOW_ARGS += ("mle_weight", "penalty_weight", "penalty_mix", "batch_size", "dataset")  # in which a reused flow must agree
+# The alphas and the other settings are the released code's. The evaluation is ours.
+ANTMAZE = dict(
+    actor_lr=3e-4,
+    reward_transform="minus_one",
+    lagrange_table=(0.25, 0.1, 0.08),
+    eval_every=50_000,
+    eval_episodes=100,
+)
+# The code's runs have 1,000,000 updates in both stages together, and its table counts them all.
+# Here the table counts the updates of the policy stage.
+MAZE = dict(flow_steps=300_000, total_steps=700_000, lagrange_from=(0, 200_001, 500_001))
+LARGE_MAZE = dict(flow_steps=400_000, total_steps=600_000, lagrange_from=(0, 100_001, 400_001))
 
-# ----------------------------------------------------------------------------------------------------------- networks
-# Shapes: B batch, S observation dim, A action dim, D = S + A, H = 2 critics, N rows of the dataset, E environments.
+# The authors' README gives halfcheetah-medium, antmaze-umaze and the flow stage of large mazes.
+# The other rows extend these.
+PRESETS = {
+    "hopper-medium": dict(flow_steps=500_000, actor_lr=1e-4),
+    "hopper-medium-replay": dict(flow_steps=500_000, actor_lr=1e-4),
+    "hopper-medium-expert": dict(flow_steps=500_000, actor_lr=1e-4),
+    "walker2d-medium": dict(flow_steps=500_000, actor_lr=1e-4),
+    "walker2d-medium-replay": dict(flow_steps=500_000, actor_lr=1e-4),
+    "walker2d-medium-expert": dict(flow_steps=500_000, actor_lr=1e-4),
+    "halfcheetah-medium": dict(flow_steps=500_000, actor_lr=1e-4),
+    "halfcheetah-medium-replay": dict(flow_steps=500_000, actor_lr=1e-4),
+    "halfcheetah-medium-expert": dict(flow_steps=500_000, actor_lr=1e-4),
+    "antmaze-umaze": dict(**MAZE, **ANTMAZE),
+    "antmaze-umaze-diverse": dict(**MAZE, **ANTMAZE),
+    "antmaze-medium-play": dict(**MAZE, **ANTMAZE),
+    "antmaze-medium-diverse": dict(**MAZE, **ANTMAZE),
+    "antmaze-large-play": dict(**LARGE_MAZE, **ANTMAZE),
+    "antmaze-large-diverse": dict(**LARGE_MAZE, **ANTMAZE),
+}
+
+# Ours.
+QUICK = dict(
+    flow_steps=6_000,
+    flow_hidden_dim=256,
+    flow_lr=1e-3,
+    flow_lr_end=3e-5,
+    disc_updates=1,
+    total_steps=16_000,
+    critic_start=2_000,
+    actor_q_start=4_000,
+    actor_lr=1e-3,
+    critic_lr=1e-3,
+    lagrange_table=(10.0,),
+    lagrange_from=(0,),
+    log_every=500,
+    eval_every=2_000,
+    eval_episodes=5,
+    final_episodes=20,
+)
 
 
-def mlp(fan_in: int, width: int, fan_out: int, hidden: nn.Module, out: nn.Module) -> nn.Sequential:  # [B, in] -> [B, out]
-    return nn.Sequential(nn.Linear(fan_in, width), hidden, nn.Linear(width, width), hidden, nn.Linear(width, fan_out), out)
+# ----------------------------------------------------------------- networks
+
+
+def mlp(fan_in: int, hidden_dim: int, fan_out: int) -> nn.Sequential:
+    """Two hidden layers with ReLU: [B, fan_in] -> [B, fan_out]."""
+    return nn.Sequential(
+        nn.Linear(fan_in, hidden_dim),
+        nn.ReLU(),
+        nn.Linear(hidden_dim, hidden_dim),
+        nn.ReLU(),
+        nn.Linear(hidden_dim, fan_out),
+    )
+
+
+class Actor(nn.Module):
+    """pi: obs [B, S] -> actions [B, A] in [-1, 1]."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int):
+        super().__init__()
+        self.net = mlp(obs_dim, hidden_dim, act_dim)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.net(obs).tanh()
+
+
+class Critics(nn.Module):
+    """Two independent Q-networks: (obs [B, S], act [B, A]) -> [2, B]."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int):
+        super().__init__()
+        self.q1 = mlp(obs_dim + act_dim, hidden_dim, 1)
+        self.q2 = mlp(obs_dim + act_dim, hidden_dim, 1)
+
+    def forward(self, obs: Tensor, act: Tensor) -> Tensor:
+        x = torch.cat([obs, act], dim=1)
+        return torch.cat([self.q1(x), self.q2(x)], dim=1).T
 
 
 class Discriminator(nn.Module):
-    """Rows [B, D] -> scores [B, D], not one each: the losses average them. Its layer norm has a shift and no gain."""
+    """D: rows x = (s, a) [B, D] -> scores [B, D]; the losses average them (deviation 7)."""
 
     def __init__(self, dim: int):
         super().__init__()
-        self.layer1, self.layer2, self.out = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.shift1, self.shift2 = nn.Parameter(torch.zeros(2 * dim)), nn.Parameter(torch.zeros(4 * dim))
-        for layer, bound in ((self.layer1, (2 * dim) ** -0.5), (self.layer2, (4 * dim) ** -0.5), (self.out, 3e-3)):
+        self.layer1 = nn.Linear(dim, 2 * dim)
+        self.layer2 = nn.Linear(2 * dim, 4 * dim)
+        self.out = nn.Linear(4 * dim, dim)
+        self.shift1 = nn.Parameter(torch.zeros(2 * dim))
+        self.shift2 = nn.Parameter(torch.zeros(4 * dim))
+        for layer in (self.layer1, self.layer2):  # as in the code
+            bound = layer.out_features**-0.5
             nn.init.uniform_(layer.weight, -bound, bound)
             nn.init.constant_(layer.bias, 0.1)
+        nn.init.uniform_(self.out.weight, -3e-3, 3e-3)
         nn.init.uniform_(self.out.bias, -3e-3, 3e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer, shift in ((self.layer1, self.shift1), (self.layer2, self.shift2)):
-            h = layer(x)
-            h = h - h.mean(1, keepdim=True)
-            std = h.norm(dim=1, keepdim=True) / (len(shift) - 1) ** 0.5
-            x = nn.functional.leaky_relu(h / (std + 1e-6) + shift, 0.01)
-        return self.out(x)
+        h = F.leaky_relu(normalize(self.layer1(x)) + self.shift1, 0.01)
+        h = F.leaky_relu(normalize(self.layer2(h)) + self.shift2, 0.01)
+        return self.out(h)
 
 
-def q_values(critic: nn.ModuleList, obs: Tensor, act: Tensor) -> Tensor:  # [H, B]
-    x = torch.cat([obs, act], 1)
-    return torch.cat([net(x) for net in critic], 1).T
+def normalize(h: Tensor) -> Tensor:
+    """Each row of h minus its mean, over its standard deviation."""
+    centred = h - h.mean(dim=1, keepdim=True)
+    std = h.std(dim=1, keepdim=True)
+    return centred / (std + 1e-6)
 
 
-# --------------------------------------------------------------------------------------------------- generative model
+# ----------------------------------------------------------------- flow-GAN
 
 
 class Flow(nn.Module):
-    """Couplings v <- v exp(l(u)) + t(u) between the halves (u, v) of x [B, D], each half in turn, then z = exp(c) x.
-    NICE has l = 0. RealNVP has c = 0 and, as released, nets that see their input twice, with l and t not negative."""
+    """NICE: rows x = (s, a) [B, D] -> z [B, D] with a logistic prior, and back.
 
-    def __init__(self, dim: int, args: Args):
+    x is cut into halves u and v. In turn, each is shifted by a function of the other; then
+    all D values are scaled by exp(c).
+    """
+
+    def __init__(self, dim: int, num_couplings: int, hidden_dim: int):
         super().__init__()
-        self.halves, self.affine, width = (dim // 2, dim - dim // 2), args.flow_type == "realnvp", args.flow_hidden_dim
-        self.nets, self.log_scale = nn.ModuleList(), (nn.Buffer if self.affine else nn.Parameter)(torch.zeros(dim))  # c
-        for i in range(args.num_couplings):
-            kept, changed = ((1 + self.affine) * self.halves[j] for j in (i % 2, 1 - i % 2))
-            activation = nn.ReLU(True) if self.affine else nn.LeakyReLU(0.01, True)  # in place, behind the output too
-            self.nets.append(mlp(kept, width, changed, activation, activation))
-            for layer in self.nets[i][::2]:
-                nn.init.zeros_(layer.bias)
-                nn.init.xavier_uniform_(layer.weight, 0.1) if self.affine else nn.init.uniform_(layer.weight, -0.01, 0.01)
-                if self.affine:
-                    nn.utils.parametrizations.weight_norm(layer)  # in place, one gain per output
+        self.halves = [dim // 2, dim - dim // 2]
+        self.log_scale = nn.Parameter(torch.zeros(dim))  # c
+        self.shifts = nn.ModuleList()  # m_1, m_2, ...
+        for i in range(num_couplings):
+            kept = self.halves[i % 2]
+            self.shifts.append(coupling_net(kept, hidden_dim, dim - kept))
 
-    def coupling(self, i: int, u: Tensor) -> tuple[Tensor, Tensor]:  # l, t
-        out = self.nets[i](u.repeat(1, 2) if self.affine else u).chunk(1 + self.affine, 1)
-        return out[0].clamp(max=40 / len(self.nets)) if self.affine else u.new_zeros(1, 1), out[-1]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, D] -> z [B, D], and log|det dz/dx|, one number for all rows."""
+        u, v = x.split(self.halves, dim=1)
+        for i, shift in enumerate(self.shifts):
+            if i % 2 == 0:
+                v = v + shift(u)
+            else:
+                u = u + shift(v)
+        z = torch.cat([u, v], dim=1) * self.log_scale.exp()
+        log_det = self.log_scale.sum()
+        return z, log_det
 
-    def forward(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # z and log|det dz/dx| [B], in NICE [1] for all rows
-        parts, log_det = [u, v], self.log_scale.sum()
-        for i in range(len(self.nets)):
-            log_scale, shift = self.coupling(i, parts[i % 2])
-            parts[1 - i % 2] = parts[1 - i % 2] * log_scale.exp() + shift
-            log_det = log_det + log_scale.sum(1)
-        return torch.cat(parts, 1) * self.log_scale.exp(), log_det
-
-    def inverse(self, z: Tensor) -> Tensor:  # x
-        parts = list((z * (-self.log_scale).exp()).split(self.halves, 1))
-        for i in reversed(range(len(self.nets))):
-            log_scale, shift = self.coupling(i, parts[i % 2])
-            parts[1 - i % 2] = (parts[1 - i % 2] - shift) * (-log_scale).exp()
-        return torch.cat(parts, 1)
+    def inverse(self, z: Tensor) -> Tensor:
+        """z [B, D] -> x [B, D]."""
+        x = z * (-self.log_scale).exp()  # deviation 5
+        u, v = x.split(self.halves, dim=1)
+        for i in reversed(range(len(self.shifts))):
+            if i % 2 == 0:
+                v = v - self.shifts[i](u)
+            else:
+                u = u - self.shifts[i](v)
+        return torch.cat([u, v], dim=1)
 
     def log_density(self, obs: Tensor, act: Tensor) -> Tensor:
-        """log p(s, a) [B] in nats: log|det dz/dx| and the logistic prior, log f(z) = z - 2 softplus(z), the same at -|z|."""
-        u, v = torch.cat([obs, act], 1).split(self.halves, 1)
-        u = obs[:, : u.shape[1]] if u.shape[1] <= obs.shape[1] else u  # no action in it: spares a gradient of coupling 0
-        z, log_det = self(u, v)
-        return -(z.abs() + 2 * nn.functional.softplus(-z.abs())).sum(1) + log_det
+        """log L(s, a) [B], in nats."""
+        x = torch.cat([obs, act], dim=1)
+        z, log_det = self(x)
+        log_prior = z - 2 * F.softplus(z)  # of the logistic distribution, [B, D]
+        return log_prior.sum(dim=1) + log_det
 
 
-def shuffled_rows(count: int) -> tuple[np.ndarray, int]:
-    """An order of all rows, the same in all runs, and how many of its first ones flows learn from: 5 % are held out."""
-    return np.random.default_rng(0).permutation(count), count * 19 // 20
+def coupling_net(fan_in: int, hidden_dim: int, fan_out: int) -> nn.Sequential:
+    """[B, fan_in] -> shift [B, fan_out]. It starts near 0, so that the flow starts near z = x."""
+    net = nn.Sequential(  # the activations work in place, which is faster
+        nn.Linear(fan_in, hidden_dim),  # deviation 6
+        nn.LeakyReLU(0.01, inplace=True),
+        nn.Linear(hidden_dim, hidden_dim),
+        nn.LeakyReLU(0.01, inplace=True),
+        nn.Linear(hidden_dim, fan_out),
+        nn.LeakyReLU(0.01, inplace=True),  # deviation 8
+    )
+    for layer in net[::2]:
+        nn.init.uniform_(layer.weight, -0.01, 0.01)
+        nn.init.zeros_(layer.bias)
+    return net
 
 
-# ------------------------------------------------------------------------------------------------------------- losses
+# -------------------------------------------------------------------- agent
 
 
 class Batch(NamedTuple):
     obs: Tensor  # [B, S]
-    act: Tensor  # [B, A]
+    act: Tensor  # [B, A] in [-1, 1]
     rew: Tensor  # [B], transformed
     next_obs: Tensor  # [B, S]
-    not_done: Tensor  # [B], 0 at a terminal, else 1; a timeout is no terminal
-    nll: Tensor  # [B], -log p(s, a) by the frozen flow; zeros as long as no loss needs it
-
-
-class Draws(NamedTuple):
-    latent: Tensor  # [B, D], standard logistic, for generated rows
-    mix: Tensor  # [B], weight of the real row in the gradient penalty
-    next_noise: Tensor  # [B, A], standard normal, for the target's action
-
-
-def disc_loss(disc: nn.Module, batch: Batch, fake: Tensor, mix: Tensor, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """WGAN-GP: mean D(g) - mean D(x) + weight * mean_b (|grad sum_j D_j|_2 - 1)^2 at mix * x + (1 - mix) * g."""
-    real = torch.cat([batch.obs, batch.act], 1)
-    mixed = torch.lerp(fake, real, mix[:, None]).requires_grad_()
-    (slope,) = torch.autograd.grad(disc(mixed).sum(), mixed, create_graph=True)  # [B, D]
-    penalty = (slope.norm(dim=1) - 1).square().mean()
-    fake_scores, real_scores = disc(torch.cat([fake, real])).chunk(2)  # one pass for both: [B, D] each
-    loss = fake_scores.mean() - real_scores.mean() + args.penalty_weight * penalty
-    return loss, {"disc_loss": loss, "penalty": penalty}
-
-
-def flow_loss(flow: Flow, disc: nn.Module, batch: Batch, fake: Tensor, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Flow-GAN: - mean D(g) / lambda - mean log p(s, a); fake [B, D] carries its graph."""
-    gan_loss, nll = -disc(fake).mean(), -flow.log_density(batch.obs, batch.act).mean()
-    return gan_loss / args.mle_weight + nll, {"gan_loss": gan_loss, "flow_nll": nll}
-
-
-def critic_loss(critic: nn.Module, targets: tuple, batch: Batch, draws: Draws, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over h of mean (Q_h(s, a) - y)^2, y = r + discount not_done min_h Q_h(s', pi(s') + clipped noise) by the targets."""
-    actor_target, critic_target = targets
-    with torch.no_grad():
-        noise = (args.target_noise * draws.next_noise).clamp(-args.target_noise_clip, args.target_noise_clip)
-        next_act = actor_target(batch.next_obs) + noise
-        next_act = next_act.clamp(-1, 1) if args.clip_target_action else next_act
-        y = batch.rew + args.discount * batch.not_done * q_values(critic_target, batch.next_obs, next_act).amin(0)
-    q = q_values(critic, batch.obs, batch.act)  # [H, B]
-    loss = (q - y).square().mean(1).sum()
-    return loss, {"critic_loss": loss, "q_mean": q.mean(), "td_target": y.mean()}
-
-
-def actor_loss(networks: tuple, batch: Batch, lagrange: Tensor, epsilon: Tensor, use_q: bool, hinge: bool) -> tuple[Tensor, dict]:
-    """alpha * violation - mean min_h Q_h(s, pi(s)); violation: the mean of -log p(s, pi(s)) - epsilon, or of its hinge."""
-    actor, critic, flow = networks
-    act = actor(batch.obs)
-    excess = -flow.log_density(batch.obs, act) - epsilon  # [B], nats outside of the region
-    violation = excess.relu().mean() if hinge else excess.mean()
-    q = q_values(critic, batch.obs, act).amin(0).mean() if use_q else torch.zeros_like(violation)
-    loss = lagrange * violation - q
-    return loss, {"actor_loss": loss, "violation": violation, "excess": excess.mean(), "actor_q": q, "lagrange": lagrange}
-
-
-# ------------------------------------------------------------------------------------------------------------- update
+    not_done: Tensor  # [B], 0 at a terminal, else 1; a timeout is not terminal
 
 
 class CPED:
-    """All that is learned: flow-GAN, policy, targets, optimisers and multiplier, and how one batch changes them."""
+    """Flow-GAN, policy, targets, optimisers and alpha, and how one batch changes them."""
 
-    metrics = ("disc_loss", "penalty", "gan_loss", "flow_nll", "critic_loss", "q_mean", "td_target")
-    metrics += ("actor_loss", "violation", "excess", "actor_q", "lagrange")
-    parts = ("flow", "disc", "flow_adam", "disc_adam")  # in flow.pt
-    parts += ("actor", "actor_target", "critic", "critic_target", "actor_adam", "critic_adam")
+    FLOW_GAN = ("flow", "disc", "flow_adam", "disc_adam")  # what --flow takes from a run
+    NETWORKS = ("flow", "disc", "actor", "actor_target", "critic", "critic_target")
+    OPTIMIZERS = ("flow_adam", "disc_adam", "actor_adam", "critic_adam")
+    POLICY = ("actor",)  # the networks that act
+    METRICS = (  # of one minibatch, in units of the reward where they are values, else in nats
+        "disc_loss",  # mean D(g) - mean D(x) + penalty_weight penalty
+        "penalty",  # mean of (|grad D| - 1)^2
+        "gan_loss",  # - mean D(g), after the discriminator's step
+        "flow_nll",  # mean of -log L(s, a), of the data
+        "critic_loss",  # sum over both critics of the mean of (Q_h - y)^2
+        "q_mean",  # mean of Q_h over critics and batch
+        "td_target",  # mean of y
+        "actor_loss",  # alpha (actor_nll or violation) - actor_q
+        "actor_nll",  # mean of -log L(s, pi(s))
+        "actor_q",  # mean of min_h Q_h(s, pi(s))
+        "epsilon",  # dual: bound of the region, mean or quantile of -log L(s, a) of the data
+        "violation",  # dual: mean of max(0, -log L(s, pi(s)) - epsilon)
+        "lagrange",  # alpha after this update
+    )
 
-    def __init__(self, obs_dim: int, act_dim: int, args: Args, device: torch.device | str = "cpu"):
-        self.args, self.device, self.act_dim, self.dim, self.step = args, torch.device(device), act_dim, obs_dim + act_dim, 0
-        self.flow_until = args.flow_steps + (args.joint_steps if args.flow_training == "joint" else 0)
-        self.flow, self.disc = Flow(self.dim, args).to(device).requires_grad_(False), Discriminator(self.dim).to(device)
-        self.actor = mlp(obs_dim, args.hidden_dim, act_dim, nn.ReLU(), nn.Tanh()).to(device)
-        self.critic = nn.ModuleList(mlp(self.dim, args.hidden_dim, 1, nn.ReLU(), nn.Identity()) for _ in range(2)).to(device)
-        self.actor_target, self.critic_target = (deepcopy(net).requires_grad_(False) for net in (self.actor, self.critic))
-        adam = partial(torch.optim.Adam, fused=True, capturable=self.device.type == "cuda")
-        self.flow_adam = adam(self.flow.parameters(), lr=args.flow_lr, betas=(0.9, 0.01), eps=1e-4)
-        self.disc_adam = adam(self.disc.parameters(), lr=args.disc_lr)
-        self.actor_adam = adam(self.actor.parameters(), lr=args.actor_lr)
-        self.critic_adam = adam(self.critic.parameters(), lr=args.critic_lr)
-        self.lagrange = torch.tensor(args.lagrange, device=device)
-        # The other losses gain nothing on a CPU: wide ReLU layers are products and little else, and compiled they store masks.
-        self.flow_loss = torch.compile(flow_loss, dynamic=False) if args.compile else flow_loss
-        if args.compile and self.device.type == "cuda":
-            self.one_update = GraphedUpdate(self.one_update)
+    def __init__(self, obs_dim: int, act_dim: int, args: Args, device: str = "cpu"):
+        self.args = args
+        self.device = device
+        self.act_dim = act_dim
+        self.dim = obs_dim + act_dim
+        self.step = 0  # updates so far, of both stages
+        self.stages = [("flow", args.flow_steps), ("policy", args.total_steps)]
+        self.flow_until = args.flow_steps  # update until which the flow learns
+        if args.flow_training == "joint":
+            self.flow_until += args.joint_steps  # deviation 4
 
-    def draw(self, batch_size: int) -> Draws:
-        latent = torch.rand(batch_size, self.dim, device=self.device).logit(eps=6e-8)  # rand can be 0
-        mix = (torch.randn if self.args.penalty_mix == "normal" else torch.rand)(batch_size, device=self.device)
-        return Draws(latent, mix, torch.randn(batch_size, self.act_dim, device=self.device))
+        self.flow = Flow(self.dim, args.num_couplings, args.flow_hidden_dim)
+        self.flow.to(device).requires_grad_(False)  # only its own steps need its gradient
+        self.flow_adam = torch.optim.Adam(  # deviation 8
+            self.flow.parameters(), lr=args.flow_lr, betas=(0.9, 0.01), eps=1e-4, fused=True
+        )
+        self.disc = Discriminator(self.dim).to(device)
+        self.disc_adam = torch.optim.Adam(self.disc.parameters(), lr=args.disc_lr, fused=True)
 
-    def update(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """Update n of both stages; returns its share of `metrics`, 0-d tensors."""
-        args, step, learn = self.args, self.step - self.args.flow_steps, set()  # step: update of the policy stage
+        self.actor = Actor(obs_dim, act_dim, args.hidden_dim).to(device)
+        self.actor_target = deepcopy(self.actor).requires_grad_(False)
+        self.actor_adam = torch.optim.Adam(self.actor.parameters(), lr=args.actor_lr, fused=True)
+
+        self.critic = Critics(obs_dim, act_dim, args.hidden_dim).to(device)
+        self.critic_target = deepcopy(self.critic).requires_grad_(False)
+        self.critic_adam = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, fused=True)
+
+        self.lagrange = torch.tensor(float(args.lagrange), device=device)  # alpha
+
+        if args.compile:  # not disc_loss, which is differentiated twice
+            self.flow_loss = torch.compile(self.flow_loss, dynamic=False)
+        if args.compile and device != "cpu":  # on a CPU they become slower
+            self.td_target = torch.compile(self.td_target, dynamic=False)
+            self.critic_loss = torch.compile(self.critic_loss, dynamic=False)
+            self.cloning_loss = torch.compile(self.cloning_loss, dynamic=False)
+            self.schedule_loss = torch.compile(self.schedule_loss, dynamic=False)
+            self.dual_loss = torch.compile(self.dual_loss, dynamic=False)
+
+    def disc_loss(
+        self, batch: Batch, fake: Tensor, mix: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 4 for the discriminator, as a WGAN with gradient penalty; and metrics.
+
+        fake [B, D] are samples g of the flow, mix [B] the weights of the data in the penalty.
+        """
+        real = torch.cat([batch.obs, batch.act], dim=1)  # x
+        mixed = mix[:, None] * real + (1 - mix[:, None]) * fake
+        mixed.requires_grad_()
+        (slope,) = torch.autograd.grad(self.disc(mixed).sum(), mixed, create_graph=True)  # [B, D]
+        penalty = (slope.norm(dim=1) - 1).square().mean()
+        fake_score = self.disc(fake).mean()
+        real_score = self.disc(real).mean()
+        loss = fake_score - real_score + self.args.penalty_weight * penalty  # Eq. 4, deviation 7
+        return loss, {"disc_loss": loss.detach(), "penalty": penalty.detach()}
+
+    def flow_loss(self, batch: Batch, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 4 for the flow: adversarial loss and likelihood; and metrics.
+
+        fake [B, D] are samples g of the flow, and carry their gradient.
+        """
+        gan_loss = -self.disc(fake).mean()
+        nll = -self.flow.log_density(batch.obs, batch.act).mean()
+        loss = gan_loss / self.args.mle_weight + nll  # Eq. 4, divided by lambda
+        return loss, {"gan_loss": gan_loss.detach(), "flow_nll": nll.detach()}
+
+    @torch.no_grad()
+    def td_target(self, batch: Batch, noise: Tensor) -> Tensor:
+        """Target y [B] of Eq. 6; noise [B, A] from N(0, 1)."""
+        args = self.args
+        noise = args.target_noise * noise
+        noise = noise.clamp(-args.target_noise_clip, args.target_noise_clip)
+        next_act = self.actor_target(batch.next_obs) + noise  # deviation 9
+        if args.clip_target_action:
+            next_act = next_act.clamp(-1, 1)
+        next_q = self.critic_target(batch.next_obs, next_act).amin(dim=0)  # [B]
+        return batch.rew + args.discount * batch.not_done * next_q
+
+    def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 6: sum over both critics of the mean of (Q_h(s, a) - y)^2; and metrics."""
+        q = self.critic(batch.obs, batch.act)  # [2, B]
+        loss = (q - target).square().mean(dim=1).sum()  # Eq. 6
+        metrics = {
+            "critic_loss": loss.detach(),
+            "q_mean": q.detach().mean(),
+            "td_target": target.mean(),
+        }
+        return loss, metrics
+
+    def cloning_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Before actor_q_start: the actor only maximises the likelihood (deviation 10)."""
+        act = self.actor(batch.obs)
+        nll = -self.flow.log_density(batch.obs, act).mean()
+        loss = self.lagrange * nll
+        return loss, {"actor_loss": loss.detach(), "actor_nll": nll.detach()}
+
+    def schedule_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The released code: Q, and alpha times -log L without a region; and metrics."""
+        act = self.actor(batch.obs)
+        q = self.critic(batch.obs, act).amin(dim=0).mean()  # deviation 10
+        nll = -self.flow.log_density(batch.obs, act).mean()
+        loss = -q + self.lagrange * nll  # deviation 1
+        metrics = {
+            "actor_loss": loss.detach(),
+            "actor_nll": nll.detach(),
+            "actor_q": q.detach(),
+        }
+        return loss, metrics
+
+    def dual_loss(self, batch: Batch, epsilon: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 7: Q inside the region -log L(s, a) < epsilon, as a Lagrangian; and metrics."""
+        act = self.actor(batch.obs)
+        q = self.critic(batch.obs, act).amin(dim=0).mean()  # deviation 10
+        nll = -self.flow.log_density(batch.obs, act)  # [B]
+        violation = (nll - epsilon).relu().mean()  # deviation 3
+        loss = -q + self.lagrange * violation  # Eq. 7
+        metrics = {
+            "actor_loss": loss.detach(),
+            "actor_nll": nll.detach().mean(),
+            "actor_q": q.detach(),
+            "epsilon": epsilon,
+            "violation": violation.detach(),
+        }
+        return loss, metrics
+
+    def table_lagrange(self, policy_step: int) -> float:
+        """alpha of the table in this update of the policy stage."""
+        args = self.args
+        lagrange = args.lagrange_table[0]
+        for value, first in zip(args.lagrange_table, args.lagrange_from):
+            if policy_step >= first:
+                lagrange = value
+        return lagrange
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One update of the stage that is due; returns metrics, 0-d tensors on the device."""
+        metrics = {}
         if self.step < self.flow_until:
-            learn |= {"disc", "flow"} if (self.step + 1) % args.disc_updates == 0 else {"disc"}
-            if args.flow_lr_end is not None:
-                cosine_lr(self.flow_adam, args.flow_lr, min(self.step / args.flow_steps, 1), args.flow_lr_end)
-        if step >= args.critic_start:
-            learn.add("critic")
-        if step >= 0 and (step + 1) % args.policy_every == 0:
-            learn |= {"actor", "actor by Q"} if step >= args.actor_q_start else {"actor"}
-            if args.constraint == "schedule":
-                self.lagrange.fill_(args.lagrange_table[sum(first <= step for first in args.lagrange_from) - 1])
-        metrics = self.one_update(batch, draws, frozenset(learn))
+            metrics.update(self.update_flow(batch))
+        if self.step >= self.args.flow_steps:
+            metrics.update(self.update_policy(batch))
         self.step += 1
         return metrics
 
-    def one_update(self, batch: Batch, draws: Draws, learn: frozenset[str]) -> dict[str, Tensor]:
-        """Those that learn, in this order: disc, flow, critic, then actor, by Q or first by cloning, multiplier and targets."""
-        args, flow, disc, critic, actor = self.args, {}, {}, {}, {}
-        if "disc" in learn:
-            self.flow.requires_grad_("flow" in learn)
-            fake = self.flow.inverse(draws.latent)  # with a graph only where the flow learns from it
-            loss, disc = disc_loss(self.disc, batch, fake.detach(), draws.mix, args)  # eager: differentiated twice
-            gradient_step(self.disc_adam, loss, math.inf)  # inf: not clipped
-        if "flow" in learn:
-            loss, flow = self.flow_loss(self.flow, self.disc, batch, fake, args)
-            gradient_step(self.flow_adam, loss, math.inf)
+    def update_flow(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of the discriminator and, in every disc_updates-th update, of the flow."""
+        args = self.args
+        flow_learns = (self.step + 1) % args.disc_updates == 0  # deviation 11
+        if args.flow_lr_end is not None:
+            progress = min(self.step / args.flow_steps, 1)
+            decay = cosine(args.flow_lr - args.flow_lr_end, progress)
+            set_lr(self.flow_adam, args.flow_lr_end + decay)
+
+        # random numbers
+        batch_size = len(batch.obs)
+        uniform = torch.rand(batch_size, self.dim, device=self.device)
+        latent = uniform.logit(eps=6e-8)  # z of the logistic prior; uniform can be 0
+        mix = torch.randn(batch_size, device=self.device)  # deviation 7
+
+        # discriminator
+        self.flow.requires_grad_(flow_learns)
+        fake = self.flow.inverse(latent)
+        loss, metrics = self.disc_loss(batch, fake.detach(), mix)
+        gradient_step(self.disc_adam, loss)
+
+        # flow
+        if flow_learns:
+            loss, flow_metrics = self.flow_loss(batch, fake)
+            gradient_step(self.flow_adam, loss)
+            metrics.update(flow_metrics)
             self.flow.requires_grad_(False)
-        if "critic" in learn:
-            loss, critic = critic_loss(self.critic, (self.actor_target, self.critic_target), batch, draws, args)
-            gradient_step(self.critic_adam, loss, math.inf)
-        if "actor" in learn:
-            use_q, epsilon = "actor by Q" in learn, torch.zeros((), device=self.device)
-            hinge = use_q and args.constraint == "dual"  # without it epsilon changes nothing
-            if hinge:
-                nll = batch.nll if args.flow_training == "frozen" else -self.flow.log_density(batch.obs, batch.act)
-                epsilon = nll.mean() if args.epsilon_quantile is None else nll.quantile(args.epsilon_quantile)
-            self.critic.requires_grad_(False)
-            loss, actor = actor_loss((self.actor, self.critic, self.flow), batch, self.lagrange, epsilon, use_q, hinge)
-            gradient_step(self.actor_adam, loss, math.inf)
-            self.critic.requires_grad_(True)
-            if hinge:  # alpha rises while the policy leaves the region by more than the data do, else it falls
-                ascent = actor["violation"].detach() - args.tolerance * (nll - epsilon).relu().mean()
-                self.lagrange.add_(args.lagrange_lr * ascent.clamp(-1, 1)).clamp_(args.lagrange_min, args.lagrange_max)
-            soft_update(self.actor_target, self.actor, args.tau)
-            soft_update(self.critic_target, self.critic, args.tau)
-        return disc | flow | critic | actor
+        return metrics
+
+    def update_policy(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of the critics and, in every policy_every-th update, of actor and targets."""
+        args = self.args
+        policy_step = self.step - args.flow_steps  # updates of this stage so far
+        metrics = {}
+
+        # critics
+        if policy_step >= args.critic_start:  # deviation 10
+            noise = torch.randn(len(batch.obs), self.act_dim, device=self.device)
+            target = self.td_target(batch, noise)
+            loss, critic_metrics = self.critic_loss(batch, target)
+            gradient_step(self.critic_adam, loss)
+            metrics.update(critic_metrics)
+
+        if (policy_step + 1) % args.policy_every != 0:  # deviation 11
+            return metrics
+
+        # actor
+        if args.constraint == "schedule":
+            self.lagrange.fill_(self.table_lagrange(policy_step))  # deviation 2
+        if policy_step < args.actor_q_start:
+            loss, actor_metrics = self.cloning_loss(batch)
+        elif args.constraint == "schedule":
+            loss, actor_metrics = self.schedule_loss(batch)
+        else:
+            with torch.no_grad():
+                data_nll = -self.flow.log_density(batch.obs, batch.act)  # [B]
+            if args.epsilon_quantile is None:
+                epsilon = data_nll.mean()
+            else:
+                epsilon = data_nll.quantile(args.epsilon_quantile)
+            loss, actor_metrics = self.dual_loss(batch, epsilon)
+        gradient_step(self.actor_adam, loss)
+
+        # alpha
+        if args.constraint == "dual" and policy_step >= args.actor_q_start:
+            data_violation = (data_nll - epsilon).relu().mean()
+            ascent = actor_metrics["violation"] - data_violation  # deviation 3
+            self.lagrange += args.lagrange_lr * ascent.clamp(-1, 1)
+            self.lagrange.clamp_(args.lagrange_min, args.lagrange_max)
+
+        # targets
+        soft_update(self.actor_target, self.actor, args.tau)
+        soft_update(self.critic_target, self.critic, args.tau)
+        return {**metrics, **actor_metrics, "lagrange": self.lagrange.clone()}
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """The evaluated policy, [E, S] -> [E, A]."""
+        """The evaluated policy: obs [E, S] -> actions [E, A]."""
         return self.actor(torch.as_tensor(obs, device=self.device)).cpu().numpy()
 
     def state_dict(self) -> dict:
-        return {name: getattr(self, name).state_dict() for name in self.parts} | {"lagrange": self.lagrange, "step": self.step}
+        parts = (*self.NETWORKS, *self.OPTIMIZERS)
+        state = {name: getattr(self, name).state_dict() for name in parts}
+        return {**state, "lagrange": self.lagrange, "step": self.step}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in self.parts:
+        for name in (*self.NETWORKS, *self.OPTIMIZERS):
             getattr(self, name).load_state_dict(state[name])
-        self.lagrange, self.step = state["lagrange"].to(self.device), state["step"]
+        self.lagrange = state["lagrange"].to(self.device)
+        self.step = state["step"]
 
 
-# ----------------------------------------------------------- helpers, textually the same in dac.py, qdq.py and cped.py
+# -------------------------- helpers, word for word in dac.py, qdq.py, cped.py
 
 
 @torch.no_grad()
 def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     """target <- (1 - tau) target + tau online."""
-    for t, o in zip(target.parameters(), online.parameters()):
-        t.lerp_(o, tau)
+    for old, new in zip(target.parameters(), online.parameters()):
+        old.lerp_(new, tau)
 
 
-def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float) -> None:
-    """One optimiser step, the gradient clipped to max_norm over all parameters together."""
+def gradient_step(
+    optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float = math.inf
+) -> None:
+    """One optimiser step, with the gradient clipped to max_norm over all parameters together."""
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
+    if max_norm < math.inf:
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
     optimizer.step()
 
 
-def cosine_lr(optimizer: torch.optim.Optimizer, start: float, progress: float, end: float = 0.0) -> None:
-    """Step size on a cosine from start at progress 0 to end at 1; on CUDA one tensor, which each replay of a graph reads anew."""
-    lr = end + (1 + math.cos(math.pi * progress)) / 2 * (start - end)
-    group, device = optimizer.param_groups[0], optimizer.param_groups[0]["params"][0].device
-    group["lr"] = lr if device.type == "cpu" else torch.as_tensor(group["lr"], dtype=torch.float32, device=device).fill_(lr)
+def cosine(start: float, progress: float) -> float:
+    """Falls from start at progress 0 to 0 at progress 1."""
+    return start * (1 + math.cos(math.pi * progress)) / 2
 
 
-class GraphedUpdate:
-    """update(batch, draws, *flags) as CUDA graphs, one for each set of flags and batch size: it runs three times, is recorded,
-    and from then on replayed on the contents of new batches and draws. It may depend on nothing else that is not a tensor, and
-    never wait for the device. The metrics that it returns are overwritten by the next replay."""
-
-    def __init__(self, update: Callable):
-        self.update, self.stream, self.calls, self.graphs = update, torch.cuda.Stream(), Counter(), {}
-
-    def __call__(self, batch: tuple, draws: tuple, *flags) -> dict[str, Tensor]:
-        key, here = (*flags, *(x.shape for x in (*batch, *draws))), torch.cuda.current_stream()
-        self.calls[key] += 1
-        if self.calls[key] <= 3:  # compiles, and makes the moments of the optimisers
-            self.stream.wait_stream(here)
-            with torch.cuda.stream(self.stream):
-                metrics = self.update(batch, draws, *flags)
-            here.wait_stream(self.stream)
-            return metrics
-        if key not in self.graphs:
-            inputs, graph = deepcopy((batch, draws)), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
-                metrics = self.update(*inputs, *flags)
-            self.graphs[key] = graph, (*inputs[0], *inputs[1]), metrics
-        graph, inputs, metrics = self.graphs[key]
-        for recorded, new in zip(inputs, (*batch, *draws)):
-            recorded.copy_(new)
-        graph.replay()
-        return metrics
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    optimizer.param_groups[0]["lr"] = lr
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Written under another name, then renamed: the checkpoint is the whole new one or still the previous one."""
-    part, kinds = path.with_suffix(".part"), (OSError, RuntimeError)  # torch reports a full disk as RuntimeError
-    try:
-        with explained(kinds, f"cannot write {path}; the previous checkpoint is as it was"):
-            torch.save(state, part)
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def shuffled_batches(num_rows: int, batch_size: int, seed: int, step: int, device: str):
+    """Yields the row indices of updates step, step + 1, ...: shuffled epochs, the last batch short.
+
+    They depend on (seed, step) alone, so a resumed run sees the same batches.
+    """
+    per_epoch = math.ceil(num_rows / batch_size)
+    epoch, skip = divmod(step, per_epoch)
+    while True:
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(num_rows, generator=generator, device=device)
+        yield from order.split(batch_size)[skip:]
+        epoch += 1
+        skip = 0
 
 
-def load_checkpoint(path: Path) -> dict:
-    """State of a run, from its checkpoint or its folder."""
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    if not path.exists():
-        raise UserError(f"{path} does not exist", status=2)
-    with explained(Exception, f"{path} is no checkpoint, or a damaged one", status=2):
-        archive = zipfile.ZipFile(path)
-        if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():  # torch looks at neither
-            raise ValueError("compressed, or a checksum does not fit")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    names = {field.name for field in dataclasses.fields(Args)} - set(PER_CALL)
-    if not isinstance(state, dict) or state.get("algorithm") != ALGORITHM or state.get("args", {}).keys() != names:
-        raise UserError(f"{path} was not written by this version of {ALGORITHM}.py", status=2)
-    return state | {"path": path}
+def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
+    """Defaults, then the task's preset, --quick and what is typed; each overrides the one before.
 
-
-def restore(agent: object, state: dict) -> None:
-    """Agent and random numbers go on as they were; a state of other shapes is refused: a fused Adam writes past its end."""
-    with explained(Exception, f"{state['path']} does not hold what its arguments describe", status=2):
-        for part in (part for part in state["agent"].values() if isinstance(part, dict) and "param_groups" in part):
-            part["param_groups"][0]["capturable"] = agent.device.type == "cuda"  # wherever it was saved
-        agent.load_state_dict(state["agent"])
-        for adam in (part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)):
-            if any(m.ndim and m.shape != p.shape for p, moments in adam.state.items() for m in moments.values()):
-                raise ValueError("moments of another shape")
-        torch.set_rng_state(state["rng"])
-        if agent.device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], agent.device)
-
-
-def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
-    """Defaults < preset of the task < --quick < what was typed; and, with --resume or --eval-only, the state of that run."""
+    With --resume: the arguments of that run and its checkpoint.
+    """
     typed, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
-    if typed.resume is None and typed.eval_only is None:
-        state, own = None, PRESETS.get(strip_version(typed.env), {}) | (QUICK if typed.quick else {})
-    else:
-        runs = sorted(typed.run_dir.glob(f"{typed.env}/{ALGORITHM}/seed{typed.seed}-*/checkpoint.pt"))
-        if typed.eval_only is None and not typed.resume and not runs:
-            raise UserError(f"--resume: {typed.run_dir} has no {ALGORITHM} run of {typed.env}, seed {typed.seed}", status=2)
-        state = load_checkpoint(typed.eval_only or Path(typed.resume[0] if typed.resume else runs[-1]))
-        own = state["args"] | {"run_dir": typed.run_dir}
-    args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **own), description=__doc__)
-    if (args.episodes or args.video) and not args.eval_only:
-        raise UserError("--episodes and --video go with --eval-only", status=2)
-    for name, value in dataclasses.asdict(args).items():
-        least = 1 if isinstance(value, int) and name not in ("seed", "eval_workers", "actor_target_start") else 0
-        if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < 2**31:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more, and less than 2^31", status=2)
-        if state and name in own and name not in MAY_CHANGE and value != own[name]:
-            raise UserError(f"--{name.replace('_', '-')} {value}: {state['path']} was made with {own[name]}", status=2)
-    return args, state
+    if typed.resume is None:
+        task = re.sub(r"-v\d+$", "", typed.env)
+        start = replace(Args(), **PRESETS.get(task, {}))
+        if typed.quick:
+            start = replace(start, **QUICK)
+        args = tyro.cli(Args, args=argv, default=start, description=__doc__)
+        check_args(args)
+        return args, None
+
+    folder = Path(typed.resume)
+    path = folder / "checkpoint.pt"
+    if not (folder / "args.json").exists():
+        sys.exit(f"error: --resume {folder}: this is not the folder of a run, it has no args.json")
+    if not path.exists():
+        sys.exit(f"error: {path} does not exist: the run ended before its first checkpoint")
+    if not zipfile.is_zipfile(path):
+        sys.exit(f"error: {path} is not a checkpoint, or a damaged one")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if checkpoint["algorithm"] != ALGORITHM:
+        sys.exit(f"error: {path} was written by {checkpoint['algorithm']}.py")
+    stored = checkpoint["args"]
+    unknown = stored.keys() - {field.name for field in fields(Args)}
+    if unknown:
+        sys.exit(f"error: {path} has arguments of another version: {', '.join(sorted(unknown))}")
+    args = tyro.cli(Args, args=argv, default=replace(Args(), **stored), description=__doc__)
+    check_args(args)
+    for name, value in stored.items():
+        if name not in RESUME_MAY_CHANGE and getattr(args, name) != value:
+            sys.exit(f"error: --{name.replace('_', '-')}: this run was started with {value}")
+    return args, checkpoint
 
 
-# ---------------------------------------------------------------------------------------------------------------- run
+def check_args(args: Args) -> None:
+    """Ends the program where a number is out of range, or where the task cannot name a folder."""
+    for name, value in asdict(args).items():
+        low = 0 if isinstance(value, float) or name in MAY_BE_ZERO else 1
+        high = 1 if name in AT_MOST_ONE else 2**31 - 1
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) in (int, float) and not low <= number <= high:  # NaN is in no range
+                flag = name.replace("_", "-")
+                sys.exit(f"error: --{flag} {number}: must be from {low} to {high}")
+    if not re.fullmatch(r"\w[\w.:+-]*(/\w[\w.:+-]*)*", args.env):
+        sys.exit(f"error: --env {args.env!r}: wanted are letters, digits, _ . : + - and single /")
+
+
+def new_folder(args: Args) -> Path:
+    """Makes <run_dir>/<task>/<algorithm>/seed<k>-<time>, with a suffix where that exists."""
+    parent = Path(args.run_dir) / args.env / ALGORITHM
+    name = time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):  # of another run that was started in the same second
+            folder.mkdir(parents=True)
+            return folder
+
+
+def stop_if_not_finite(values: dict[str, float], step: int, folder: Path) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            print(file=sys.stderr)  # the progress bar has left its line open
+            sys.exit(
+                f"error: {name} is {value} at update {step};"
+                f" the last good checkpoint, if there is one, is in {folder}"
+            )
+
+
+def save(content: dict, path: Path) -> None:
+    """Replaces the file in one step: after a crash it is the whole old or the whole new one."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    part = path.with_suffix(".part")
+    try:
+        with part.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # half a file, where the disk is full
+
+
+class Log:
+    """metrics.csv and TensorBoard with the same names; rows are those of a resumed run."""
+
+    def __init__(self, folder: Path, columns: list[str], rows: list[dict]):
+        self.rows = rows
+        self.file = (folder / "metrics.csv").open("w", newline="", buffering=1)
+        self.table = csv.DictWriter(self.file, columns)
+        self.table.writeheader()
+        self.table.writerows(rows)
+        last = rows[-1]["step"] if rows else 0
+        self.board = SummaryWriter(str(folder), purge_step=last + 1)
+
+    def write(self, row: dict) -> None:
+        self.rows.append(row)
+        self.table.writerow(row)
+        for name, value in row.items():
+            if name != "step":
+                self.board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+# --------------------------------------------------------------------- main
+
+
+def check_constraint(args: Args) -> None:
+    """Ends the program where the arguments about the constraint do not fit together."""
+    table = args.lagrange_table
+    since = args.lagrange_from
+    if len(table) != len(since):
+        sys.exit(
+            f"error: --lagrange-table has {len(table)} values and --lagrange-from {len(since)}:"
+            " wanted is one update for each value"
+        )
+    if len(table) == 0 or min(table) == 0:
+        sys.exit("error: --lagrange-table: wanted are multipliers above 0")
+    if since[0] != 0 or list(since) != sorted(set(since)):
+        sys.exit("error: --lagrange-from: wanted are rising updates that begin with 0")
+    if args.lagrange_min > args.lagrange_max:
+        sys.exit(
+            f"error: --lagrange-min {args.lagrange_min} is above --lagrange-max {args.lagrange_max}"
+        )
+    if args.mle_weight == 0:
+        sys.exit("error: --mle-weight 0: must be above 0, Eq. 4 is divided by it")
+
+
+def split_rows(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the rows that flows learn from and of the 5 % held out, alike in all runs."""
+    order = np.random.default_rng(0).permutation(num_rows)
+    num_train = num_rows * 19 // 20
+    return order[:num_train], order[num_train:]
+
+
+def read_flow(args: Args, sha256: str) -> dict:
+    """The state of the finished flow stage that --flow names."""
+    path = Path(args.flow)
+    if path.is_dir():
+        flow_path = path / "flow.pt"  # not in a run that took its flow from another
+        path = flow_path if flow_path.exists() else path / "checkpoint.pt"
+    if not path.exists():
+        sys.exit(f"error: --flow: {path} does not exist")
+    if not zipfile.is_zipfile(path):
+        sys.exit(f"error: --flow: {path} is not a checkpoint, or a damaged one")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if checkpoint["algorithm"] != ALGORITHM:
+        sys.exit(f"error: --flow: {path} was written by {checkpoint['algorithm']}.py")
+    stored = checkpoint["args"]
+    step = checkpoint["agent"]["step"]
+    for name in FLOW_ARGS:
+        if stored[name] != getattr(args, name):
+            flag = name.replace("_", "-")
+            sys.exit(f"error: --flow: {path} was trained with --{flag} {stored[name]}")
+    if checkpoint["info"]["sha256"] != sha256:
+        sys.exit(f"error: --flow: {path} was trained on other data: {checkpoint['info']['id']}")
+    if step < args.flow_steps:
+        sys.exit(f"error: --flow: {path} has {step} of {args.flow_steps} updates of its flow stage")
+    if step > args.flow_steps and stored["flow_training"] == "joint":
+        sys.exit(f"error: --flow: {path} has a flow that learned with a policy: take flow.pt")
+    return checkpoint["agent"]
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args, state = parse_args(argv)
-    alphas, since = args.lagrange_table, args.lagrange_from
-    if len(alphas) != len(since) or list(since) != sorted({0, *since}) or min(alphas) <= 0 or (args.epsilon_quantile or 0) > 1:
-        raise UserError("wanted: a multiplier above 0 for each --lagrange-from, which rise from 0, and a quantile up to 1", 2)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no CUDA device here, or torch was installed without CUDA", status=2)
-    device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
-    if args.compile and not args.eval_only:
-        with explained(Exception, "--compile: torch.compile fails here; it needs a C++ compiler, on CUDA Triton", status=2):
-            torch.compile(torch.sin)(torch.zeros(2, device=device))
-    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-
-    def show(step: int, result: dict[str, np.ndarray]) -> dict[str, float]:
-        means = {f"eval/{name}": float(values.mean()) for name, values in result.items()}
-        tqdm.write(f"update {step:,}: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
-        return means
-
-    if args.eval_only:
-        agent, info = CPED(state["obs_dim"], state["act_dim"], args, device), state["info"]
-        restore(agent, state)
-        print(describe(info))
-        if args.video:
-            print(f"{args.video}: one episode, return {record_video(agent.act, info, args.video, EVAL_SEED):.2f}")
-        return show(agent.step, evaluate(agent.act, info, args.episodes or args.eval_episodes, EVAL_SEED + agent.step))
+    args, checkpoint = parse_args(argv)
+    check_constraint(args)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda: PyTorch finds no CUDA device here")
+    device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    stop = min(args.stop_after or args.total_steps, args.total_steps)
 
     # data
     arrays, info = load_dataset(args.env, args.data, need_env=args.eval)
-    print(describe(info))
-    print("arguments   " + " ".join(f"{name}={value}" for name, value in dataclasses.asdict(args).items()))
-    if state and state["info"]["sha256"] != info["sha256"]:
-        raise UserError(f"{state['path']} was trained on {state['info']['id']}, not on {info['file']}", status=2)
-    print("quick       a small protocol of our own, not comparable with published scores\n" if args.quick else "", end="")
-    arrays |= {"rew": arrays["rew"] - (args.reward_transform == "minus_one"), "nll": np.zeros_like(arrays["rew"])}
-    order, split = shuffled_rows(len(arrays["rew"]))
-    data = Batch(*(torch.as_tensor(arrays[name][order], device=device) for name in Batch._fields))
+    if checkpoint is not None and checkpoint["info"]["sha256"] != info["sha256"]:
+        sys.exit(f"error: {args.resume} was trained on {checkpoint['info']['id']}: see --data")
+    if args.reward_transform == "minus_one":
+        arrays["rew"] = arrays["rew"] - 1
+    all_data = Batch(*(torch.as_tensor(arrays[name], device=device) for name in Batch._fields))
+    train_rows, held_out_rows = split_rows(len(all_data.obs))
+    train_data = Batch(*(column[train_rows] for column in all_data))
+    datasets = {"flow": train_data, "policy": all_data}
+    if args.flow_training == "joint":
+        datasets["policy"] = train_data  # the flow learns in this stage, too
+    density_rows = (train_rows[:4096], held_out_rows[:4096])  # of DENSITY_METRICS
+    obs_dim = all_data.obs.shape[1]
+    act_dim = all_data.act.shape[1]
 
-    # agent and run folder
-    torch.manual_seed(args.seed)  # initialisation and all noise come from torch, on every device
-    dims = {"obs_dim": data.obs.shape[1], "act_dim": data.act.shape[1]}
-    agent = CPED(**dims, args=args, device=device)
-    if args.flow:
-        old = load_checkpoint(args.flow / "flow.pt" if args.flow.is_dir() else args.flow)
-        with explained(Exception, f"{old['path']} holds no flow", status=2):
-            was = old["args"] | {"dataset": old["info"]["sha256"], "flow_steps": old["agent"]["step"]}
-            now = dataclasses.asdict(args) | {"dataset": info["sha256"]}
-            if differ := [f"{name} {was[name]}, not {now[name]}" for name in FLOW_ARGS if was[name] != now[name]]:
-                raise UserError(f"--flow: {old['path']} was trained with {', '.join(differ)}", status=2)
-            parts = agent.state_dict() | {name: old["agent"][name] for name in (*CPED.parts[:4], "step")}
-            restore(agent, {"path": old["path"], "agent": parts, "rng": torch.get_rng_state()})
-    if state:
-        folder, rows, row, seconds = state["path"].parent, state["rows"], state["row"], state["seconds"]
-        restore(agent, state)
+    # agent
+    torch.manual_seed(args.seed)
+    agent = CPED(obs_dim, act_dim, args, device)
+    if checkpoint is not None:
+        agent.load_state_dict(checkpoint["agent"])
+        torch.set_rng_state(checkpoint["rng"])
+        if device == "cuda" and "cuda_rng" in checkpoint:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+    elif args.flow is not None:
+        flow_state = read_flow(args, info["sha256"])
+        for name in agent.FLOW_GAN:
+            getattr(agent, name).load_state_dict(flow_state[name])
+        agent.step = args.flow_steps
+
+    # run folder
+    if checkpoint is None:
+        folder = new_folder(args)
     else:
-        rows, row, seconds = [], {"step": agent.step}, 0.0
-        folder = args.run_dir / args.env / ALGORITHM / time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
-        folder.mkdir(parents=True)
+        folder = Path(args.resume)
+        (folder / "result.json").unlink(missing_ok=True)  # of an earlier end
+    settings = asdict(replace(args, resume=None))
+    record = {"args": settings, "dataset": info, "device": device_name, "sha256": {}}
+    for source in (__file__, inspect.getsourcefile(load_dataset)):
+        record["sha256"][Path(source).name] = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    (folder / "args.json").write_text(json.dumps(record, indent=1))
+    train_metrics = [f"train/{name}" for name in agent.METRICS]
+    columns = ["step", *train_metrics, *DENSITY_METRICS, *EVAL_METRICS, "time/updates_per_s"]
+    log = Log(folder, columns, checkpoint["rows"] if checkpoint else [])
+    log.board.add_text("args", json.dumps(settings, indent=1))
     print(f"run folder  {folder}")
-    lock = FileLock(folder / "lock", timeout=0, is_singleton=True)  # held until this process or function ends
-    with explained(Timeout, f"{folder} is in use: another process trains this run", 2), suppress(NotImplementedError):
-        lock.acquire()  # NotImplementedError: a file system without locks
-    stored = {name: value for name, value in dataclasses.asdict(args).items() if name not in PER_CALL}
-    (folder / "args.json").write_text(json.dumps({"args": stored, "dataset": info}, indent=1))
-    columns = [*(f"train/{name}" for name in CPED.metrics), "log_density/train", "log_density/held_out", *EVAL_COLUMNS]
-    table = csv.DictWriter((folder / "metrics.csv").open("w", buffering=1), ["step", *columns, "time/updates_per_s"])
-    table.writeheader()
-    table.writerows(rows)  # those of a resumed run end at its checkpoint
-    board = SummaryWriter(str(folder), purge_step=agent.step)
-    stop: list[int] = []  # of signals: the run ends after a whole update; a second signal kills it
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    print(f"device      {device_name}")
+    if args.quick:
+        print("protocol    --quick: our own, its scores are not comparable with published ones")
+    if args.compile:
+        print("compile     the first update takes up to a minute")
 
     # training
-    copied = partial(CPED, **dims, args=dataclasses.replace(args, compile=False), device=device)
-    evaluator, waiting = Evaluator(copied, info, args.eval_workers), deque()  # rows, with their evaluation or None
+    seconds = checkpoint["seconds"] if checkpoint else 0.0
+    started = saved = time.perf_counter()
+    end = 0
+    for stage, length in agent.stages:
+        if stage == "policy":
+            length = stop
+        begin = end
+        end = begin + length
+        data = datasets[stage]
+        done = agent.step - begin  # updates of this stage
+        batches = shuffled_batches(len(data.obs), args.batch_size, args.seed, done, device)
+        bar = tqdm(
+            desc=stage,
+            initial=min(done, length),
+            total=length,
+            unit=" updates",
+            mininterval=0.5,
+        )
+        window = time.perf_counter()
+        window_step = agent.step
+        while agent.step < end:
+            indices = next(batches)
+            metrics = agent.update(Batch(*(column[indices] for column in data)))
+            step = agent.step
+            done = step - begin
+            bar.update()
 
-    def write_rows(wait: bool) -> None:
-        """In their order, as far as the evaluations are done, or after waiting for them."""
-        while waiting and (wait or waiting[0][1] is None or waiting[0][1].done()):
-            row, evaluation = waiting.popleft()
-            if evaluation:
-                with explained(BrokenExecutor, f"a process that evaluates has died; go on with --resume {folder}"):
-                    row |= show(row["step"], evaluation.result())
-                score = row.get("eval/normalized_score", math.nan)
-                bar.set_postfix_str(f"return {row['eval/return']:.1f}, score {score:.1f}")
-            rows.append(row)
-            with explained(OSError, f"cannot write to {folder}; its checkpoint is as it was"):
-                table.writerow(row)
-                for name, value in list(row.items())[1:]:
-                    board.add_scalar(name, value, row["step"])
+            row = {"step": step}
+            if step % args.log_every == 0:
+                for name, value in metrics.items():
+                    row[f"train/{name}"] = value.item()
+                row["time/updates_per_s"] = (step - window_step) / (time.perf_counter() - window)
+                if step <= agent.flow_until:
+                    for name, rows in zip(DENSITY_METRICS, density_rows):
+                        log_density = agent.flow.log_density(all_data.obs[rows], all_data.act[rows])
+                        row[name] = log_density.mean().item()
+            last = done == args.total_steps
+            if args.eval and stage == "policy" and (done % args.eval_every == 0 or last):
+                evaluation = evaluate(agent.act, info, args.eval_episodes, EVAL_SEED + done)
+                for name, values in evaluation.items():
+                    row[f"eval/{name}"] = float(values.mean())
+                means = [f"{name} {values.mean():.1f}" for name, values in evaluation.items()]
+                bar.write(f"update {step:,}: {', '.join(means)}")
+            if len(row) > 1:
+                stop_if_not_finite(row, step, folder)
+                log.write(row)
+                window = time.perf_counter()
+                window_step = step
 
-    start, end, measured, bar = args.flow_steps, args.flow_steps + args.total_steps, False, None
-    started = window = time.perf_counter()
-    metrics = None if state else {}  # None: the checkpoint of a resumed run has what came before it at its step
-    while True:
-        step, last = agent.step, agent.step == end or bool(stop)
-        if bar is None or step == start:  # each stage has its own
-            bar = bar and bar.close()
-            name, length, begun = ("flow", start, step) if step < start else ("policy", args.total_steps, step - start)
-            bar = tqdm(desc=name, total=length, initial=begun, unit=" updates", mininterval=0.5)
-        if metrics and (step % args.log_every == 0 or step % args.checkpoint_every == 0 or step == start or last):
-            values = torch.stack(list(metrics.values())).tolist()  # the only wait for the device
-            found, log = {f"train/{name}": value for name, value in zip(metrics, values)}, step % args.log_every == 0
-            if log and step <= agent.flow_until:
-                for name, i in (("train", slice(min(split, 4096))), ("held_out", slice(split, split + 4096))):
-                    found[f"log_density/{name}"] = float(agent.flow.log_density(data.obs[i], data.act[i]).mean())
-            if broken := [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]:
-                write_rows(wait=True)
-                raise UserError(f"{', '.join(broken)} at update {step}; the last good checkpoint is in {folder}")
-            if log:
-                row |= found | {"time/updates_per_s": args.log_every / (time.perf_counter() - window)}
-        if metrics is not None and (step % args.checkpoint_every == 0 or step == start or last):
-            write_rows(wait=True)
-            content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "row": row}
-            content |= dims | {"rng": torch.get_rng_state(), "seconds": seconds + time.perf_counter() - started}
-            content |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-            for name in ("flow.pt", "checkpoint.pt")[step != start :]:
-                save_checkpoint(folder / name, content | {"agent": agent.state_dict()})
-        if last and step < end:
-            break  # an evaluation that is due is left to the run that goes on
-        due = args.eval and step >= start and ((step - start) % args.eval_every == 0 or step == end)
-        if due or len(row) > 1:
-            waiting.append((row, evaluator(agent, args.eval_episodes, EVAL_SEED + step) if due else None))
-            window = time.perf_counter()
-        write_rows(wait=last)
-        if last:
-            break
-        if step >= start and not measured and args.constraint == "dual" and args.flow_training == "frozen":
-            nll = torch.cat([-agent.flow.log_density(*rows) for rows in zip(data.obs.split(512), data.act.split(512))])
-            data, measured, window = data._replace(nll=nll), True, time.perf_counter()
-        index = torch.randint(split if step < agent.flow_until else len(order), (args.batch_size,), device=device)
-        metrics, row = agent.update(Batch(*(column[index] for column in data)), agent.draw(args.batch_size)), {"step": step + 1}
-        bar.update()
-    for part in (evaluator, bar, board):
-        part.close()
-    if step < end:
-        raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
+            if time.perf_counter() - saved > 60 * args.checkpoint_minutes or step == end:
+                content = {
+                    "algorithm": ALGORITHM,
+                    "args": settings,
+                    "info": info,
+                    "obs_dim": obs_dim,
+                    "act_dim": act_dim,
+                    "agent": agent.state_dict(),
+                    "rows": log.rows,
+                    "seconds": seconds + time.perf_counter() - started,
+                    "rng": torch.get_rng_state(),
+                }
+                if device == "cuda":
+                    content["cuda_rng"] = torch.cuda.get_rng_state()
+                for name in agent.NETWORKS:
+                    weights = content["agent"][name].items()
+                    sums = {f"{name}.{key}": tensor.sum().item() for key, tensor in weights}
+                    stop_if_not_finite(sums, step, folder)
+                if stage == "flow" and step == end:
+                    save(content, folder / "flow.pt")  # for --flow
+                save(content, folder / "checkpoint.pt")
+                saved = time.perf_counter()
+        bar.close()
 
     # result
-    scores = [row.get("eval/normalized_score", row["eval/return"]) for row in rows if "eval/return" in row][1:]  # trained
-    result = {"algorithm": ALGORITHM, "env": args.env, "seed": args.seed, "dataset": info["id"], "sha256": info["sha256"]}
-    result |= {"updates": step, "seconds": seconds + time.perf_counter() - started, "versions": info["versions"]}
-    if scores:
-        result |= {"final_score": float(np.mean(scores[-5:])), "last_score": scores[-1], "best_score": max(scores)}
-        print(f"final score {result['final_score']:.1f} on {info['id']} (mean of the last {len(scores[-5:])} evaluations)")
+    result = {
+        "algorithm": ALGORITHM,
+        "env": args.env,
+        "seed": args.seed,
+        "dataset": info["id"],
+        "sha256": info["sha256"],
+        "updates": agent.step,
+        "seconds": seconds + time.perf_counter() - started,
+        "versions": info.get("versions"),
+        "device": device_name,
+    }
+    if args.eval:
+        for name in ("return", "normalized_score"):
+            values = [row[f"eval/{name}"] for row in log.rows if f"eval/{name}" in row]
+            if values:  # there is no normalized score without reference returns
+                result[f"{name}_last_5"] = mean(values[-5:])
+                result[f"{name}_best"] = max(values)
+        final = evaluate(agent.act, info, args.final_episodes, FINAL_SEED)
+        for name, values in final.items():
+            result[f"final_{name}"] = float(values.mean())
+            result[f"final_{name}_error"] = float(values.std() / len(values) ** 0.5)
     (folder / "result.json").write_text(json.dumps(result, indent=1))
+    log.close()
+    print(json.dumps(result, indent=1))
     return result
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, a folder that cannot be written
-        print(f"error: {str(error) or 'interrupted before the training began'}", file=sys.stderr)
-        sys.exit(getattr(error, "status", 1))
+    except OSError as error:  # a full disk, a folder that cannot be written
+        sys.exit(f"error: {error} (what a run has saved is whole: go on with --resume)")
