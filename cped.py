@@ -87,7 +87,6 @@ MAY_BE_ZERO = (  # all other counts are at least 1
     "joint_steps",
     "critic_start",
     "actor_q_start",
-    "lagrange_table",
     "lagrange_from",
 )
 AT_MOST_ONE = ("discount", "tau", "epsilon_quantile")
@@ -738,9 +737,9 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
 def check_args(args: Args) -> None:
     """Ends the program where a number is out of range, or where the task cannot name a folder."""
     for name, value in asdict(args).items():
-        low = 0 if isinstance(value, float) or name in MAY_BE_ZERO else 1
         high = 1 if name in AT_MOST_ONE else 2**31 - 1
         for number in value if isinstance(value, tuple) else (value,):
+            low = 0 if isinstance(number, float) or name in MAY_BE_ZERO else 1
             if type(number) in (int, float) and not low <= number <= high:  # NaN is in no range
                 flag = name.replace("_", "-")
                 sys.exit(f"error: --{flag} {number}: must be from {low} to {high}")

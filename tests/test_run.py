@@ -32,7 +32,7 @@ SMALL = {
     "cped": "--flow-hidden-dim 16 --hidden-dim 16 --critic-start 3 --actor-q-start 6"
     " --flow-steps {n} --flow-training joint --joint-steps 8 --constraint dual",
 }
-SCRIPTS = ["dac"]
+SCRIPTS = ["dac", "cped"]
 # Networks of the usual width, whose products torch shares out among threads.
 WIDE = {
     "dac": "--num-critics 2 --num-next-actions 1 --total-steps 1",
