@@ -24,30 +24,50 @@ SMALL = {
         constraint="dual",
     ),
 }
+UPDATES = {dac: 100, qdq: 300, cped: 100}  # of all stages together
 SCRIPTS = list(SMALL)
 NAMES = [script.ALGORITHM for script in SCRIPTS]
-DEVICES = ["cpu", "cuda"]
 
 
-def weights_after(script, compiled: bool, updates: int, device: str) -> dict[str, torch.Tensor]:
-    """Of all networks, after so many updates of each stage; every ninth batch is a short one."""
+def weights_after_updates(script, compiled: bool, device: str) -> dict[str, torch.Tensor]:
+    """Of all networks, with the same batches and noise; every ninth batch is a short one."""
     torch.manual_seed(0)
     args = script.Args(**SMALL[script], compile=compiled)
     agent = getattr(script, script.ALGORITHM.upper())(11, 3, args, device)
     columns = {
-        "obs": torch.randn(64, 11),
-        "act": torch.rand(64, 3) * 2 - 1,
-        "rew": torch.randn(64),
-        "next_obs": torch.randn(64, 11),
-        "not_done": torch.ones(64),
+        "obs": torch.randn(64, 11, device=device),
+        "act": torch.rand(64, 3, device=device) * 2 - 1,
+        "rew": torch.randn(64, device=device),
+        "next_obs": torch.randn(64, 11, device=device),
+        "not_done": torch.ones(64, device=device),
+        "x": torch.randn(64, 1, device=device).tanh(),
     }
-    columns = {name: column.to(device) for name, column in columns.items()}
-    for stage in STAGES[script]:
-        for number in range(updates):
-            indices = torch.randint(64, (16 if number % 9 else 8,))
-            agent.update(*arguments(script, stage, columns, indices.to(device)))
+    for number in range(UPDATES[script]):
+        indices = torch.randint(64, (16 if number % 9 else 8,), device=device)
+        rows = {name: column[indices] for name, column in columns.items()}
+        if script is not qdq:
+            agent.update(script.Batch(*(rows[name] for name in script.Batch._fields)))
+            continue
+        stage = ("teacher", "student", "policy")[number // 100]
+        kind = qdq.Batch if stage == "policy" else qdq.Windows
+        agent.update(stage, kind(*(rows[name] for name in kind._fields)))
     weights = {}
     for name in agent.NETWORKS:
         for key, tensor in getattr(agent, name).state_dict().items():
             weights[f"{name}.{key}"] = tensor.cpu()
     return weights
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+def test_compiled_updates_equal_eager_ones(script, device, request, float64):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if script is not dac and not request.config.getoption("--compile"):
+        pytest.skip("slow: needs --compile")
+    eager = weights_after_updates(script, False, device)
+    compiled = weights_after_updates(script, True, device)
+    assert eager.keys() == compiled.keys()
+    assert len(eager) > 20
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-6, atol=1e-8, msg=name)

@@ -561,8 +561,8 @@ OWN_RANGES = {
     ],
     "cped": [
         "--lagrange-table 1 2 --lagrange-from 0",
-        "--lagrange-table 1 2 --lagrange-from 5 0",
-        "--lagrange-table 1 2 --lagrange-from 3 5",
+        "--lagrange-from 5 0 --lagrange-table 1 2",
+        "--lagrange-from 3 5 --lagrange-table 1 2",
         "--lagrange-table -1",
         "--lagrange-table nan",
         "--epsilon-quantile 1.5",
