@@ -2,7 +2,7 @@
 
 Compiling takes a minute per script, so the plain suite does this for DAC alone. With --compile,
 pytest does it for all three, and the check numbers are those of compiled updates, too:
-python -m pytest --compile tests/test_compile.py tests/test_dac.py tests/test_qdq.py tests/test_cped.py
+python -m pytest --compile tests/test_compile.py tests/test_{dac,qdq,cped}.py
 """
 
 import pytest
