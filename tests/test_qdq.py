@@ -1465,7 +1465,7 @@ def test_a_file_that_holds_no_student_is_refused(run, tmp_path):
     for name, message in (
         ("nowhere.pt", "does not exist"),
         ("text.pt", "is not a checkpoint"),
-        ("dac.pt", "was written by dac.py"),
+        ("dac.pt", "is not a checkpoint of qdq.py"),
         ("old.pt", "has arguments of another version"),
         ("unfinished.pt", "the student of .*unfinished.pt is not finished"),
     ):
