@@ -1,750 +1,1130 @@
-"""QDQ: Q-Distribution guided Q-learning (Zhang, Fang, Shi, Wang, Jing; NeurIPS 2024; arXiv:2410.20312).
+"""QDQ: Q-Distribution guided Q-learning (Zhang et al., NeurIPS 2024, arXiv:2410.20312).
 
-A consistency model of the truncated returns in the data tells how uncertain a pair (s, a) is: H, the spread of its samples.
-Where H is among the largest of a batch, the bootstrapped value is shrunk in a share 1 - alpha of the critic's target.
-Three stages: teacher (EDM denoiser), student (consistency distillation), policy (TD3 with that target).
+A consistency model learns the distribution of truncated returns in the data. The spread H of
+its samples tells how uncertain the value of an action is. Where H is among the largest of a
+batch, a pessimistic critic target shrinks the bootstrapped value. There are three stages:
+the teacher (a diffusion model), the student (the consistency model, distilled from the
+teacher) and the policy (TD3 with this target and a behaviour term).
 
-    python qdq.py --env hopper-medium                # the published settings, on CUDA where there is one
-    python qdq.py --env hopper-medium --quick        # small protocol for a laptop
-    python qdq.py --env hopper-medium --resume       # go on with the newest run of this task and seed, exactly
-    python qdq.py --env hopper-medium --seed 1 --consistency runs/hopper-medium/qdq/seed0-20260101-120000
+    python qdq.py --env hopper-medium                   # published settings
+    python qdq.py --env hopper-medium-replay --quick    # minutes on a laptop
+    python qdq.py --resume runs/hopper-medium/qdq/seed0-20260101-120000
+    python qdq.py --seed 1 --consistency runs/hopper-medium/qdq/seed0-20260101-120000
 
-Where the paper and the authors' code differ we follow the code, which made the published numbers:
- 1. The discount restarts in every window (Eq. 5 counts from the trajectory's start); a terminal's reward is included.
- 2. H is the standard deviation over K samples in return units; Eq. 6 has a variance over K - 1.
- 3. AntMaze has its own m, for values are negative: 1 outside U and, on five tasks, 1 + (1 - 1/H) / 10 inside, where Eq. 8 has
-    beta and 1/H. On umaze-diverse 1/H stays and pushes values up.
- 4. Five AntMaze tasks train the actor by advantage-weighted regression, in the paper an option.
- 5. The actor's value term has the mean action; its "entropy" term is the log-likelihood of the data's actions.
- 6. Next actions are samples, if gamma > 0, plus smoothing noise. The code draws both with one key, we independently.
- 7. Targets of actor and critics move every second update (Algorithm 1: every update).
- 8. Ten times the 80,000 teacher and 160,000 student updates of Table G.1; alpha, beta and gamma as in PRESETS.
- 9. Not in the paper: cosine decays, clipping of the critics' gradient, LayerNorm on large mazes, log-std in [-5, 2].
-Ours: one blended target for the two losses, whose gradient is the same; rows of a batch drawn with replacement; no cap of 100
-windows per trajectory, which never binds; PyTorch's RAdam, whose eps is placed a little elsewhere.
+The last line takes over the finished student of another run, as the authors do for their five
+seeds.
+
+Where paper and released code differ, this file follows the code, which produced the
+published numbers:
+
+ 1. The discount of a truncated return begins at 1 in every window. Eq. 5 counts from the
+    beginning of the trajectory. The reward of a terminal transition is included.
+ 2. H is the standard deviation of the K samples, in units of the return. Eq. 6 is a variance
+    and divides by K - 1.
+ 3. AntMaze has its own multiplier m, because its values are negative: 1 outside of U and, on
+    five tasks, 1 + (1 - 1/H) / 10 inside. Eq. 8 has beta and 1/H. The task umaze-diverse
+    keeps 1/H, which there moves values up.
+ 4. Five AntMaze tasks train the actor by advantage-weighted regression, which the paper
+    mentions as an option.
+ 5. The actor's value term takes the mean action. Its "entropy" term is the log-likelihood
+    of the data's actions.
+ 6. Next actions are drawn from the target policy if gamma > 0, and get TD3's smoothing noise.
+ 7. The targets of actor and critics move every second update (Algorithm 1: every update).
+ 8. The teacher and the student are trained for ten times the updates of Table G.1. Alpha, beta
+    and gamma are those of the authors' configuration files, not of Table G.2.
+ 9. The paper does not mention: cosine decays of the step sizes, clipping of the critics'
+    gradient, LayerNorm in the critics of the two large mazes, log-std within [-5, 2].
+10. A run is scored by the mean of its last five evaluations (return_last_5, or
+    normalized_score_last_5). The paper does not say which evaluations its tables show.
+
+Ours are: batches from shuffled epochs (the code draws each batch from all rows), independent
+draws for next action and smoothing (the code draws both with one random key), and PyTorch's
+RAdam, which adds eps in another place.
 """
 
 import csv
-import dataclasses
+import hashlib
+import inspect
+import io
+import itertools
 import json
 import math
 import os
-import signal
+import re
 import sys
 import time
 import zipfile
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from copy import deepcopy
-from functools import partial
-from itertools import pairwise
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from statistics import mean
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import TASKS, Evaluator, UserError, describe, evaluate, explained, load_dataset, record_video, strip_version
+from common import evaluate, load_dataset
 
 ALGORITHM = "qdq"
-PER_CALL = ("resume", "eval_only", "episodes", "video", "run_dir")  # arguments that a run does not keep
-MAY_CHANGE = ("data", "device", "compile", "tf32", "eval_workers", "run_dir")  # arguments that may differ when a run is resumed
-TEACHER_ARGS = ("sha256", "obs_dim", "act_dim", "batch_size", "reward_transform", "discount", "hidden_dim", "sigma_data")
-TEACHER_ARGS += ("teacher_steps", "teacher_lr")  # in which a reused teacher must agree; a student also in these
-STUDENT_ARGS = ("student_steps", "student_lr", "student_tau", "t_min", "t_max", "karras_rho", "grid_points")
-EVAL_SEED = 1_000_000  # plus the update: all runs are evaluated on the same episodes
-EVAL_COLUMNS = ("eval/return", "eval/normalized_score", "eval/episode_length")
-FREQUENCY_STD, LOG_T_MEAN, LOG_T_STD = 16, -1.2, 1.2  # of the time feature; of ln t in the teacher's training
-WINDOW, STRIDE = 200, 10  # rewards in a truncated return, W, and transitions between two of a trajectory, k
-TARGET_NOISE, NOISE_CLIP = 0.2, 0.5  # smoothing of next actions
-STUDENT_TARGET_EVERY, POLICY_EVERY = 5, 2  # updates between steps of the student's target; of actor, its and critics' targets
-AWR_TEMPERATURE, AWR_MAX_WEIGHT, AWR_SAMPLES = 6, 100, 30  # advantage-weighted regression, M = 30 actions behind v(s)
+EVAL_SEED = 1_000_000  # plus the policy update: all runs are evaluated on the same episodes
+FINAL_SEED = 1_000_000_000  # episodes that no evaluation before has seen
+MAY_BE_ZERO = ("seed",)  # all other counts are at least 1
+AT_MOST_ONE = ("discount", "tau", "student_tau", "alpha", "beta")
+RESUME_MAY_CHANGE = (
+    "resume",
+    "run_dir",
+    "data",
+    "device",
+    "compile",
+    "total_steps",
+    "stop_after",
+    "log_every",
+    "checkpoint_minutes",
+    "eval",
+    "eval_every",
+    "eval_episodes",
+    "final_episodes",
+)
+STUDENT_DEPENDS_ON = (  # --consistency wants the same in both runs
+    "reward_transform",
+    "batch_size",
+    "teacher_steps",
+    "student_steps",
+    "teacher_lr",
+    "student_lr",
+    "discount",
+    "student_tau",
+    "hidden_dim",
+    "sigma_data",
+    "t_min",
+    "t_max",
+    "karras_rho",
+    "grid_points",
+)
+EVAL_METRICS = ("eval/return", "eval/normalized_score", "eval/episode_length")
 
-# ---------------------------------------------------------------------------------------------------------- arguments
+# The authors' code (commit 5bc694f). The scale of the frequencies, W, k, the smoothing noise and
+# the period of 2 stand in the paper, too.
+WINDOW = 200  # rewards in a truncated return, W
+STRIDE = 10  # transitions between the starts of two windows, k
+FREQUENCY_STD = 16.0  # of the random frequencies of the time features
+LOG_T_MEAN = -1.2  # ln t is normal in the teacher's training (EDM)
+LOG_T_STD = 1.2
+STUDENT_TARGET_EVERY = 5  # updates between steps of the student's target
+POLICY_EVERY = 2  # updates between steps of the actor, of its target and of the critics' target
+TARGET_NOISE = 0.2  # standard deviation of the smoothing noise on next actions
+NOISE_CLIP = 0.5  # largest smoothing noise
+AWR_TEMPERATURE = 6.0  # factor of the advantage in the exponent
+AWR_MAX_WEIGHT = 100.0
+AWR_ACTIONS = 30  # actions behind v(s), M
+
+# Shapes: B batch, S observation dim, A action dim, K sampled returns, M sampled actions,
+# E environments.
 
 
-@dataclasses.dataclass
+# ---------------------------------------------------------------- arguments
+
+
+@dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # task, Minari id (mujoco/hopper/medium-v0) or, with a file as data, any Gymnasium id
-    data: str = "auto"  # auto, d4rl, minari, bundled, or the path of an HDF5 or NPZ file in D4RL's layout
-    seed: int = 0  # seed of initialisation, batches and noise; evaluation has seeds of its own
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
-    total_steps: int = 1_000_000  # updates of the policy stage, also the length of the actor's cosine
-    batch_size: int = 256  # transitions or windows per update, B
-    eval_every: int = 5_000  # policy updates between evaluations, beginning before the first update
-    eval_episodes: int = 10  # episodes per evaluation
+    env: str = "hopper-medium"  # task, Minari id or, with a file as data, any Gymnasium id
+    data: str = "auto"  # auto, d4rl, minari, bundled, or the path of a file in D4RL's layout
+    seed: int = 0  # seed of initialisation, batches and noise; evaluation has its own
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # CUDA if available
+    compile: bool = False  # compile the losses with torch.compile
+    quick: bool = False  # a small protocol of our own, for a machine without a GPU
+    resume: str | None = None  # folder of a run to go on with
+    consistency: str | None = None  # run folder or checkpoint whose finished student is reused
+    run_dir: str = "runs"  # root folder of all runs
+    total_steps: int = 1_000_000  # updates of the policy stage
+    stop_after: int | None = None  # policy update after which to end early; resumable
     log_every: int = 1_000  # updates between log rows, which show the newest minibatch
-    checkpoint_every: int = 10_000  # updates between checkpoints
-    run_dir: Path = Path("runs")  # root folder of all runs
-    # go on with this run, or without PATH with the newest of this task and seed
-    resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[PATH]")] = None
-    eval_only: Path | None = None  # checkpoint to evaluate without any training
-    episodes: int | None = None  # episodes of --eval-only, by default as many as an evaluation of the run had
-    video: Path | None = None  # file for a video of one episode, with --eval-only
+    checkpoint_minutes: float = 5.0  # minutes between checkpoints
     eval: bool = True  # --no-eval trains without an environment
-    eval_workers: int = 0  # processes that evaluate while training goes on, with the same result; 0: it waits
-    compile: bool = False  # compile the losses with torch.compile; on CUDA each update also becomes one CUDA graph
-    tf32: bool = False  # on CUDA, products of TensorFloat-32: faster, with 10 bits of mantissa for 23
-    quick: bool = False  # a small protocol, ours and not the paper's, for a machine without a GPU
-    stage: Literal["teacher", "student", "policy", "all"] = "all"  # one stage alone; student and policy need --consistency
-    consistency: str | None = None  # checkpoint or run folder whose student (for --stage student: teacher) is reused
+    eval_every: int = 5_000  # policy updates between evaluations
+    eval_episodes: int = 10  # episodes per evaluation
+    final_episodes: int = 100  # episodes that score the last policy
+
     # data
-    reward_transform: Literal["minus_one", "none"] = "none"  # minus_one: r - 1, in every stage
+
+    reward_transform: Literal["minus_one", "none"] = "none"  # r - 1 or r, in every stage
+    batch_size: int = 256  # transitions or windows per update, B
+
     # optimisation
-    teacher_steps: int = 800_000  # updates of the teacher, also the length of its cosine
-    student_steps: int = 1_600_000  # updates of the student, also the length of its cosine
+    teacher_steps: int = 800_000  # updates of the teacher; deviation 8
+    student_steps: int = 1_600_000  # updates of the student; deviation 8
     teacher_lr: float = 5e-4  # Adam step size of the teacher, cosine to 0
     student_lr: float = 4e-4  # RAdam step size of the student, cosine to 0
-    actor_lr: float = 3e-4  # Adam step size of the actor; its cosine counts its own updates, so it ends at half
-    critic_lr: float = 3e-4  # Adam step size of the critics
-    max_grad_norm: float = 10.0  # largest global gradient norm of both critics together; nothing else is clipped
-    discount: float = 0.99  # in windows and critics
-    student_tau: float = 0.005  # rate of the student's target; fewer updates than published want more
-    tau: float = 0.005  # rate of the targets of actor and critics
-    hidden_dim: int = 256  # width of all hidden layers, a multiple of the 32 groups
+    actor_lr: float = 3e-4  # Adam step size of the actor, cosine in its own updates: ends at half
+    critic_lr: float = 3e-4  # Adam step size of the critics, constant
+    max_grad_norm: float = 10.0  # largest gradient norm of both critics together
+    discount: float = 0.99  # discount factor, in windows and critics
+    student_tau: float = 0.005  # rate of the student's target network
+    tau: float = 0.005  # rate of the target networks of actor and critics
+    hidden_dim: int = 256  # width of all hidden layers
     hidden_layers: int = 3  # hidden layers of actor and critics
     critic_layer_norm: bool = False  # LayerNorm before each activation of the critics
+
     # algorithm
-    sigma_data: float = 0.5  # scale of the normalised return in the preconditioning
+    sigma_data: float = 0.5  # scale of the normalised returns in the preconditioning
     t_min: float = 0.002  # smallest noise level
-    t_max: float = 80.0  # largest noise level, T, at which the student is sampled
+    t_max: float = 80.0  # largest noise level, T; the student is sampled there
     karras_rho: float = 7.0  # rho, bends the grid of noise levels
     grid_points: int = 1_000  # noise levels of the distillation, N
-    num_samples: int = 50  # sampled returns per next pair, K
-    alpha: float = 0.992  # share of the ordinary target; the shrunk one has 1 - alpha
-    beta: float = 0.8  # quantile of H in the batch above which a row is in the uncertain set U
-    outside_multiplier: float | None = None  # m outside U, by default beta: the paper has one letter for both
-    inside_multiplier: Literal["inverse", "expand"] = "inverse"  # m in U: 1/H, or 1 + (1 - 1/H) / 10 for negative values
-    gamma_ent: float = 0.8  # gamma, weight of log pi(a|s) of the data's actions; above 0 next actions are sampled
-    actor_objective: Literal["q", "awr"] = "q"  # Q + gamma log pi, or advantage-weighted regression
+    num_samples: int = 50  # sampled returns per next state and action, K
+    alpha: float = 0.992  # share of the ordinary target; the pessimistic one has 1 - alpha
+    beta: float = 0.8  # quantile of H in the batch above which a row is uncertain, in U
+    outside_multiplier: float | None = None  # m outside of U; None is beta, as in Eq. 8
+    # m in U: 1 / H as in Eq. 8, or 1 + (1 - 1 / H) / 10 for negative values
+    inside_multiplier: Literal["inverse", "expand"] = "inverse"
+    gamma_ent: float = 0.8  # gamma of Eq. 9, weight of log pi(a|s) of the data's actions
+    actor_objective: Literal["q", "awr"] = "q"  # Eq. 9, or advantage-weighted regression
 
 
-# The authors' per-task configuration files. Table G.2 of the paper differs: beta 0.9 on walker2d; alpha 0.99 on halfcheetah,
-# hopper-medium(-replay) and AntMaze, else 0.95; gamma 0 on halfcheetah, but 1 on expert data and elsewhere; always 3 layers.
-MAZE = {"alpha": 0.99, "beta": 0.9, "outside_multiplier": 1.0, "inside_multiplier": "expand", "gamma_ent": 0.0}
-MAZE |= {"actor_objective": "awr", "max_grad_norm": 7.0, "hidden_layers": 2, "reward_transform": "minus_one"}
-MAZE |= {"eval_every": 100_000, "eval_episodes": 100}
-OWN = {
-    "halfcheetah-medium": {"beta": 0.9, "gamma_ent": 0.0},
-    "halfcheetah-medium-replay": {"beta": 0.9, "gamma_ent": 0.1, "student_steps": 1_000_000},
-    "halfcheetah-medium-expert": {"beta": 0.9, "gamma_ent": 2.0},
-    "hopper-medium-expert": {"gamma_ent": 2.0},
-    "walker2d-medium-expert": {"gamma_ent": 2.0, "student_steps": 2_000_000},
-    "antmaze-umaze-diverse": {"alpha": 0.01, "inside_multiplier": "inverse", "actor_objective": "q", "gamma_ent": 1.5},
-    "antmaze-medium-diverse": {"gamma_ent": 1.0},
-    "antmaze-large-play": {"critic_layer_norm": True},
-    "antmaze-large-diverse": {"critic_layer_norm": True, "max_grad_norm": 3.0},
-}  # the other four tasks of hopper and walker2d have the defaults above, the other two mazes those of MAZE
-PRESETS = {task: (MAZE if task.startswith("antmaze") else {}) | OWN.get(task, {}) for task in TASKS}
-# Ours: a fifth of the sampled returns, faster targets and more of the behaviour term, for a Q of so few updates leads astray.
-QUICK = {"teacher_steps": 3_000, "student_steps": 4_000, "student_tau": 0.1, "total_steps": 5_000, "num_samples": 10, "tau": 0.02}
-QUICK |= {"gamma_ent": 16.0, "eval_every": 1_000, "eval_episodes": 10, "log_every": 500, "checkpoint_every": 2_000}
+# What all AntMaze tasks share, and what five of them have in addition.
+ANTMAZE = dict(
+    beta=0.9,
+    outside_multiplier=1.0,
+    hidden_layers=2,
+    reward_transform="minus_one",
+    eval_every=100_000,
+    eval_episodes=100,
+)
+AWR = dict(alpha=0.99, inside_multiplier="expand", actor_objective="awr", **ANTMAZE)
 
-# ----------------------------------------------------------------------------------------------------------- networks
-# Shapes: B batch, S observation dim, A action dim, D = S + A, K sampled returns, M sampled actions, E environments.
+# The authors' configuration files and run_consistency.sh (commit 5bc694f). Table G.2 differs:
+# beta is 0.8 on hopper and else 0.9; alpha is 0.99 on halfcheetah, hopper-medium(-replay) and
+# AntMaze, else 0.95; gamma is 0 on halfcheetah-medium(-replay), else 1; there are 3 layers.
+# See deviation 8.
+PRESETS = {
+    "hopper-medium": dict(alpha=0.992, beta=0.8, gamma_ent=0.8),
+    "hopper-medium-replay": dict(alpha=0.992, beta=0.8, gamma_ent=0.8),
+    "hopper-medium-expert": dict(alpha=0.992, beta=0.8, gamma_ent=2.0),
+    "walker2d-medium": dict(alpha=0.992, beta=0.8, gamma_ent=0.8),
+    "walker2d-medium-replay": dict(alpha=0.992, beta=0.8, gamma_ent=0.8),
+    "walker2d-medium-expert": dict(alpha=0.992, beta=0.8, gamma_ent=2.0, student_steps=2_000_000),
+    "halfcheetah-medium": dict(alpha=0.992, beta=0.9, gamma_ent=0.0),
+    "halfcheetah-medium-replay": dict(
+        alpha=0.992, beta=0.9, gamma_ent=0.1, student_steps=1_000_000
+    ),
+    "halfcheetah-medium-expert": dict(alpha=0.992, beta=0.9, gamma_ent=2.0),
+    "antmaze-umaze": dict(gamma_ent=0.0, max_grad_norm=7.0, **AWR),
+    "antmaze-umaze-diverse": dict(alpha=0.01, gamma_ent=1.5, max_grad_norm=7.0, **ANTMAZE),
+    "antmaze-medium-play": dict(gamma_ent=0.0, max_grad_norm=7.0, **AWR),
+    "antmaze-medium-diverse": dict(gamma_ent=1.0, max_grad_norm=7.0, **AWR),
+    "antmaze-large-play": dict(gamma_ent=0.0, max_grad_norm=7.0, critic_layer_norm=True, **AWR),
+    "antmaze-large-diverse": dict(gamma_ent=0.0, max_grad_norm=3.0, critic_layer_norm=True, **AWR),
+}
+
+# Ours. Fewer samples, faster targets and a larger weight of the behaviour term, because Q is
+# unreliable after so few updates.
+QUICK = dict(
+    teacher_steps=3_000,
+    student_steps=4_000,
+    student_tau=0.1,
+    total_steps=5_000,
+    num_samples=10,
+    tau=0.02,
+    gamma_ent=16.0,
+    eval_every=1_000,
+    eval_episodes=10,
+    final_episodes=20,
+    log_every=500,
+)
 
 
-class Linear(nn.Linear):
-    def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
-        nn.init.zeros_(self.bias)
+# ----------------------------------------------------------------- networks
+
+
+def mish(x: Tensor) -> Tensor:
+    """x tanh(softplus(x)), with one exponential: on a CPU four times as fast as F.mish."""
+    if x.is_cuda:
+        return F.mish(x)
+    exp = x.clamp(max=30).exp()
+    w = exp * (exp + 2)
+    return x * w / (w + 2)
 
 
 class ReturnNetwork(nn.Module):
-    """NN of teacher and student: (cond = [obs, act] [B, D], scaled returns x [B, K], t [B, 1] or [1, 1]) -> [B, K]."""
+    """NN of teacher and student: (obs [B, S], act [B, A], scaled return x [B, 1], t) -> [B, 1].
 
-    def __init__(self, cond_dim: int, hidden_dim: int):
+    The noise level t is [B, 1], or [1, 1] where it is one for all rows.
+    """
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int):
         super().__init__()
-        self.q_range = nn.Buffer(torch.tensor([-1.0, 1.0]))  # smallest and largest truncated return of the data
-        self.frequencies = nn.Parameter(FREQUENCY_STD * torch.randn(8), requires_grad=False)  # averaged in a target
-        self.time = nn.Sequential(Linear(16, 32), nn.SiLU(), Linear(32, 32), nn.SiLU())
-        self.layers = nn.ModuleList(Linear(size, hidden_dim) for size in (cond_dim + 1 + 32, hidden_dim, hidden_dim))
-        self.norms, self.out = nn.ModuleList(nn.GroupNorm(32, hidden_dim) for _ in range(3)), Linear(hidden_dim, 1)
+        # The frequencies are not trained, but a target network averages them like weights.
+        frequencies = FREQUENCY_STD * torch.randn(8)
+        self.frequencies = nn.Parameter(frequencies, requires_grad=False)
+        self.time1 = nn.Linear(16, 32)
+        self.time2 = nn.Linear(32, 32)
+        self.layer1 = nn.Linear(obs_dim + act_dim + 1 + 32, hidden_dim)
+        self.layer2 = nn.Linear(hidden_dim, hidden_dim)
+        self.layer3 = nn.Linear(hidden_dim, hidden_dim)
+        self.out = nn.Linear(hidden_dim, 1)
+        for layer in self.children():
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.norm1 = nn.GroupNorm(32, hidden_dim, eps=1e-6)
+        self.norm2 = nn.GroupNorm(32, hidden_dim, eps=1e-6)
+        self.norm3 = nn.GroupNorm(32, hidden_dim, eps=1e-6)
 
-    def forward(self, cond: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        angle = 2 * math.pi * self.frequencies * t.log() / 4
-        code = self.time(torch.cat([angle.sin(), angle.cos()], 1))  # [B, 32], or [1, 32] at a common t
-        # GroupNorm takes the mean out of every group of channels; taken out of weights and biases beforehand it costs nothing.
-        groups = [p.unflatten(0, (32, -1)) for p in self.layers.parameters()]
-        w1, b1, w2, b2, w3, b3 = ((group - group.mean(1, keepdim=True)).flatten(0, 1) for group in groups)
-        w_cond, w_x, w_code = w1.split([cond.shape[1], 1, 32], 1)
-        row = F.linear(cond, w_cond) + F.linear(code, w_code, b1)  # [B, hidden], once for the K samples of a row
-        h = torch.addcmul(row[:, None], x[..., None], w_x[:, 0])  # [B, K, hidden]
-        for norm, weight, bias in zip(self.norms, (w2, w3, self.out.weight), (b2, b3, self.out.bias)):
-            h = F.rms_norm(h.unflatten(-1, (32, -1)), (h.shape[-1] // 32,), eps=1e-6).flatten(-2)
-            h = F.linear(F.silu(torch.addcmul(norm.bias, h, norm.weight)), weight, bias)
-        return h.squeeze(2)
+    def forward(self, obs: Tensor, act: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        angle = 2 * math.pi * self.frequencies * t.log() / 4  # EDM's c_noise is ln(t) / 4
+        code = torch.cat([angle.sin(), angle.cos()], dim=1)
+        code = F.silu(self.time1(code))
+        code = F.silu(self.time2(code))
+        code = code.expand(len(x), -1)  # [B, 32], also where t is one for all rows
+        h = torch.cat([obs, act, x, code], dim=1)
+        h = F.silu(self.norm1(self.layer1(h)))
+        h = F.silu(self.norm2(self.layer2(h)))
+        h = F.silu(self.norm3(self.layer3(h)))
+        return self.out(h)
 
 
-class Actor(nn.Sequential):
-    """Gaussian, not squashed: obs [B, S] -> mean [B, A] in [-1, 1] and standard deviation [A]."""
+class Actor(nn.Module):
+    """pi(a|s), a Gaussian: obs [B, S] -> mean [B, A] in [-1, 1], standard deviation [A]."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, hidden_layers: int):
-        sizes = [obs_dim] + [hidden_dim] * hidden_layers
-        hidden = [module for pair in pairwise(sizes) for module in (Linear(*pair), nn.ReLU())]
-        super().__init__(*hidden, Linear(hidden_dim, act_dim), nn.Tanh())
-        nn.init.orthogonal_(self[-2].weight, math.sqrt(2))
+        super().__init__()
+        self.layers = nn.ModuleList()
+        fan_in = obs_dim
+        for _ in range(hidden_layers):
+            layer = nn.Linear(fan_in, hidden_dim)
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+            self.layers.append(layer)
+            fan_in = hidden_dim
+        self.out = nn.Linear(hidden_dim, act_dim)
+        nn.init.orthogonal_(self.out.weight, math.sqrt(2))
+        nn.init.zeros_(self.out.bias)
         self.log_std = nn.Parameter(torch.zeros(act_dim))
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(obs), self.log_std.clamp(-5, 2).exp()
+        h = obs
+        for layer in self.layers:
+            h = F.relu(layer(h))
+        mu = self.out(h).tanh()
+        std = self.log_std.clamp(-5, 2).exp()  # deviation 9
+        return mu, std
 
 
 class Critics(nn.Module):
-    """Two independent Q-networks, one batched product per layer: (obs [B, S], act [B, A]) -> [2, B]."""
+    """Two independent Q-networks: (obs [B, S], act [B, A]) -> [2, B]."""
 
-    def __init__(self, cond_dim: int, hidden_dim: int, hidden_layers: int, layer_norm: bool):
+    def __init__(
+        self, obs_dim: int, act_dim: int, hidden_dim: int, hidden_layers: int, layer_norm: bool
+    ):
         super().__init__()
-        sizes = [cond_dim] + [hidden_dim] * hidden_layers + [1]
-        self.weights = nn.ParameterList(torch.empty(2, *pair) for pair in pairwise(sizes))
-        self.biases = nn.ParameterList(torch.zeros(2, 1, size) for size in sizes[1:])
-        self.scales = nn.ParameterList(torch.ones(2, 1, size) for size in sizes[1:-1] if layer_norm)
-        self.offsets = nn.ParameterList(torch.zeros_like(scale) for scale in self.scales)
-        for head in (head for weight in self.weights for head in weight):
-            nn.init.xavier_uniform_(head)  # one by one: for a stack of matrices the fan-in would be wrong
+        self.layer_norm = layer_norm
+        self.weights = nn.ParameterList()  # [2, fan in, fan out]
+        self.biases = nn.ParameterList()  # [2, 1, fan out]
+        sizes = [obs_dim + act_dim] + [hidden_dim] * hidden_layers + [1]
+        for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
+            weight = torch.empty(2, fan_in, fan_out)
+            for head in weight:  # one by one: xavier_uniform_ miscounts the fans of a stack
+                nn.init.xavier_uniform_(head)
+            self.weights.append(nn.Parameter(weight))
+            self.biases.append(nn.Parameter(torch.zeros(2, 1, fan_out)))
+        self.scales = nn.ParameterList()  # of LayerNorm, [2, 1, hidden]
+        self.offsets = nn.ParameterList()
+        if layer_norm:
+            for _ in range(hidden_layers):
+                self.scales.append(nn.Parameter(torch.ones(2, 1, hidden_dim)))
+                self.offsets.append(nn.Parameter(torch.zeros(2, 1, hidden_dim)))
 
     def forward(self, obs: Tensor, act: Tensor) -> Tensor:
-        h = torch.cat([obs, act], 1).expand(2, -1, -1)  # [2, B, D]
-        for i in range(len(self.weights) - 1):
-            h = torch.baddbmm(self.biases[i], h, self.weights[i])  # [2, B, hidden]
-            if len(self.scales):
-                h = torch.addcmul(self.offsets[i], F.layer_norm(h, h.shape[-1:], eps=1e-6), self.scales[i])
-            h = torch.addcdiv(h, h, (h.clamp(max=30).exp() + 1).square().add_(1), value=-2)  # Mish with one exponential
-        return torch.baddbmm(self.biases[-1], h, self.weights[-1]).squeeze(2)
+        h = torch.cat([obs, act], dim=1)
+        h = h.expand(2, -1, -1)  # [2, B, S + A]
+        last = len(self.weights) - 1
+        for layer in range(last):
+            h = torch.baddbmm(self.biases[layer], h, self.weights[layer])  # [2, B, hidden]
+            if self.layer_norm:  # deviation 9
+                h = F.layer_norm(h, h.shape[-1:], eps=1e-6)
+                h = self.scales[layer] * h + self.offsets[layer]
+            h = mish(h)
+        return torch.baddbmm(self.biases[last], h, self.weights[last]).squeeze(2)
 
 
-# --------------------------------------------------------------------------------------------------- generative model
+# ------------------------------------- consistency model of the Q-distribution
 
 
-def truncated_returns(rew: np.ndarray, ends: np.ndarray, window: int, stride: int, discount: float) -> tuple:
-    """The Q dataset (Eq. 5): first rows of the windows, every stride until one reaches its trajectory's end; their returns."""
-    stop = np.flatnonzero(ends) + 1
-    start = np.r_[0, stop[:-1]]
-    count = 1 - np.minimum(window - (stop - start), 0) // stride  # 1 + ceil((L - window) / stride) of a longer one
-    rows = np.repeat(start - stride * (np.cumsum(count) - count), count) + stride * np.arange(count.sum())
-    left = np.repeat(stop, count) - rows
-    rew, returns = np.r_[rew.astype(np.float64), np.zeros(window)], np.zeros(len(rows))
-    for t in range(window):
-        returns += discount**t * np.where(t < left, rew[rows + t], 0)
-    return rows, returns
+def truncated_returns(
+    rew: np.ndarray, ends: np.ndarray, window: int, stride: int, discount: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The Q dataset of Eq. 5: the rows where windows begin, and their discounted returns.
 
-
-def consistency(net: nn.Module, cond: Tensor, x: Tensor, t: Tensor, t_min: float, sigma_data: float) -> Tensor:
-    """Student f(x, t | s, a), x [B, K], with f(x, t_min) = x; t_min = 0 makes it EDM's denoiser D(x, t | s, a), the teacher."""
-    c_skip = sigma_data**2 / ((t - t_min) ** 2 + sigma_data**2)
-    c_in = (t**2 + sigma_data**2).rsqrt()
-    return c_skip * x + (t - t_min) * sigma_data * c_in * net(cond, c_in * x, t)
+    A trajectory has windows every stride rows. The last one is the first that reaches the end
+    of the trajectory, and may be shorter; ends marks the last row of each trajectory.
+    """
+    powers = discount ** np.arange(window)  # deviation 1
+    rew = rew.astype(np.float64)
+    rows = []
+    returns = []
+    first = 0
+    for stop in np.flatnonzero(ends) + 1:
+        for row in range(first, stop, stride):
+            rewards = rew[row : min(row + window, stop)]
+            rows.append(row)
+            returns.append(powers[: len(rewards)] @ rewards)  # Eq. 5
+            if row + window >= stop:
+                break
+        first = stop
+    return np.array(rows), np.array(returns)
 
 
 def karras_grid(points: int, t_min: float, t_max: float, rho: float) -> Tensor:
-    """Noise levels from t_max down to t_min, even in t^(1/rho); [points, 1]."""
-    return torch.linspace(t_max ** (1 / rho), t_min ** (1 / rho), points, dtype=torch.float64)[:, None] ** rho
+    """Noise levels t_0 = t_max > ... > t_{N-1} = t_min, evenly spaced in t^(1/rho); [N, 1]."""
+    roots = torch.linspace(t_max ** (1 / rho), t_min ** (1 / rho), points, dtype=torch.float64)
+    return roots[:, None] ** rho
 
 
-def heun_step(denoiser: Callable, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """Along dx/dt = (x - D(x, t)) / t from t to t_next, with the mean of the slopes at both ends."""
-    slope = (x - denoiser(x, t)) / t
-    euler = x + (t_next - t) * slope
-    return x + (t_next - t) * (slope + (euler - denoiser(euler, t_next)) / t_next) / 2
+def denoise(
+    teacher: nn.Module, obs: Tensor, act: Tensor, x: Tensor, t: Tensor, args: Args
+) -> Tensor:
+    """Teacher D(x, t | s, a): the return [B, 1] without its noise of level t, as in EDM."""
+    total = t**2 + args.sigma_data**2
+    c_in = 1 / total.sqrt()
+    c_skip = args.sigma_data**2 / total
+    c_out = t * args.sigma_data / total.sqrt()
+    return c_skip * x + c_out * teacher(obs, act, c_in * x, t)
 
 
-def sample_returns(student: nn.Module, cond: Tensor, noise: Tensor, args: Args) -> Tensor:
-    """One-step samples of the return from standard normals, both [B, K]; in return units, not clipped."""
-    size, t = len(cond) if cond.is_cuda else 64, torch.full_like(noise[:1, :1], args.t_max)  # 64 rows fit into a CPU's cache
-    pieces = zip(cond.split(size), (args.t_max * noise).split(size))
-    x = torch.cat([consistency(student, c, x, t, args.t_min, args.sigma_data) for c, x in pieces])
-    low, high = student.q_range
+def consistency_fn(
+    student: nn.Module, obs: Tensor, act: Tensor, x: Tensor, t: Tensor, args: Args
+) -> Tensor:
+    """Student f(x, t | s, a) [B, 1], with the boundary condition f(x, t_min) = x."""
+    total = t**2 + args.sigma_data**2
+    above = t - args.t_min
+    c_in = 1 / total.sqrt()
+    c_skip = args.sigma_data**2 / (above**2 + args.sigma_data**2)
+    c_out = above * args.sigma_data / total.sqrt()
+    return c_skip * x + c_out * student(obs, act, c_in * x, t)
+
+
+def heun_step(
+    teacher: nn.Module,
+    obs: Tensor,
+    act: Tensor,
+    x: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    args: Args,
+) -> Tensor:
+    """From t to t_next along the teacher's probability-flow ODE dx/dt = (x - D(x, t)) / t."""
+    slope = (x - denoise(teacher, obs, act, x, t, args)) / t
+    x_euler = x + (t_next - t) * slope
+    slope_next = (x_euler - denoise(teacher, obs, act, x_euler, t_next, args)) / t_next
+    return x + (t_next - t) * (slope + slope_next) / 2
+
+
+def one_step_samples(
+    student: nn.Module, obs: Tensor, act: Tensor, noise: Tensor, args: Args
+) -> Tensor:
+    """f(T z, T | s, a) for K normals z in each row: noise [B, K] -> normalised returns [B, K]."""
+    num_samples = noise.shape[1]
+    obs = obs.repeat_interleave(num_samples, dim=0)  # [B K, S]
+    act = act.repeat_interleave(num_samples, dim=0)  # [B K, A]
+    x = args.t_max * noise.reshape(-1, 1)  # [B K, 1]
+    t = torch.full_like(x[:1], args.t_max)  # [1, 1]
+    return consistency_fn(student, obs, act, x, t, args).view_as(noise)
+
+
+def sample_returns(
+    student: nn.Module, obs: Tensor, act: Tensor, noise: Tensor, q_range: Tensor, args: Args
+) -> Tensor:
+    """One-step samples in units of the return, not clipped; noise [B, K] -> [B, K].
+
+    A CPU takes 64 rows at a time, which fit into its cache: compiled, this is a third faster.
+    """
+    piece = len(obs) if obs.is_cuda else 64
+    samples = []
+    for rows in zip(obs.split(piece), act.split(piece), noise.split(piece)):
+        samples.append(one_step_samples(student, *rows, args))
+    x = torch.cat(samples)
+    low, high = q_range
     return low + (x + 1) / 2 * (high - low)
 
 
-# ------------------------------------------------------------------------------------------------------------- losses
+def multiplier(h: Tensor, args: Args) -> Tensor:
+    """The factor m [B] of Q_L = m Q in Eq. 8, from the uncertainties H [B] of the batch."""
+    threshold = torch.quantile(h, args.beta)  # h_beta
+    inverse = 1 / h.clamp(min=1e-6)  # a student that has collapsed has H = 0
+    if args.inside_multiplier == "inverse":
+        inside = inverse
+    else:
+        inside = 1 + (1 - inverse) / 10  # deviation 3
+    outside = args.beta
+    if args.outside_multiplier is not None:
+        outside = args.outside_multiplier  # deviation 3
+    return torch.where(h > threshold, inside, outside)  # Eq. 8, where U is H > h_beta
+
+
+# -------------------------------------------------------------------- agent
+
+
+class Windows(NamedTuple):
+    obs: Tensor  # [B, S], at the beginning of the window
+    act: Tensor  # [B, A]
+    x: Tensor  # [B, 1], truncated return; those of the data are scaled to [-1, 1]
 
 
 class Batch(NamedTuple):
     obs: Tensor  # [B, S]
-    act: Tensor  # [B, A]
+    act: Tensor  # [B, A] in [-1, 1]
     rew: Tensor  # [B], transformed
     next_obs: Tensor  # [B, S]
-    not_done: Tensor  # [B], 0 at a terminal, else 1; a timeout is no terminal
-
-
-class Draws(NamedTuple):  # of one update of the policy stage, all standard normal
-    next_act: Tensor  # [B, A], the sample of the next action
-    smoothing: Tensor  # [B, A], its smoothing noise
-    returns: Tensor  # [B, K], of the sampled returns
-    actions: Tensor  # [M, B, A], behind v(s)
-
-
-def teacher_loss(teacher: nn.Module, cond: Tensor, x: Tensor, t: Tensor, z: Tensor, sigma_data: float) -> Tensor:
-    """Mean of (t^2 + sd^2) / (t sd)^2 (D(x + t z, t) - x)^2; normalised returns x, noise levels t, normals z, all [B, 1]."""
-    error = consistency(teacher, cond, x + t * z, t, 0, sigma_data) - x
-    return ((t**2 + sigma_data**2) / (t * sigma_data) ** 2 * error**2).mean()
-
-
-def student_loss(networks: tuple, cond: Tensor, x: Tensor, i: Tensor, z: Tensor, grid: Tensor, args: Args) -> Tensor:
-    """Mean of (f(x_t, t_i) - f_target(x_h, t_{i+1}))^2, x_h one Heun step of the teacher's path from x_t = x + t_i z."""
-    student, student_target, teacher = networks
-    t, t_next = grid[i], grid[i + 1]
-    x_t = x + t * z
-    with torch.no_grad():
-        x_h = heun_step(lambda x, t: consistency(teacher, cond, x, t, 0, args.sigma_data), x_t, t, t_next)
-        goal = consistency(student_target, cond, x_h, t_next, args.t_min, args.sigma_data)
-    return (consistency(student, cond, x_t, t, args.t_min, args.sigma_data) - goal).square().mean()
-
-
-def multiplier(h: Tensor, args: Args) -> Tensor:
-    """m [B] of Eq. 8 for uncertainties h [B]: one value in U, where h is above its beta-quantile, and another outside."""
-    inverse = 1 / h.clamp(min=1e-6)  # no H of a whole student comes near, but one that collapsed may be 0
-    inside = inverse if args.inside_multiplier == "inverse" else 1 + (1 - inverse) / 10
-    outside = args.beta if args.outside_multiplier is None else args.outside_multiplier
-    return torch.where(h > torch.quantile(h, args.beta), inside, outside)
-
-
-@torch.no_grad()
-def td_target(networks: tuple, batch: Batch, draws: Draws, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """y = r + discount not_done (alpha + (1 - alpha) m) min Q(s', a') [B]: Eq. 7's gradient; its value adds mixture_gap."""
-    actor, critic, student = networks
-    mean, std = actor(batch.next_obs)
-    act = mean + std * draws.next_act if args.gamma_ent > 0 else mean
-    act = (act + (TARGET_NOISE * draws.smoothing).clamp(-NOISE_CLIP, NOISE_CLIP)).clamp(-1, 1)
-    samples = sample_returns(student, torch.cat([batch.next_obs, act], 1), draws.returns, args)
-    h = samples.std(1, unbiased=False)  # H of Eq. 6
-    m = multiplier(h, args)
-    value = args.discount * batch.not_done * critic(batch.next_obs, act).amin(0)
-    gap = 2 * args.alpha * (1 - args.alpha) * ((1 - m) * value).square().mean()
-    metrics = {"mixture_gap": gap, "uncertainty": h.mean(), "multiplier": m.mean(), "sampled_return": samples.mean()}
-    return batch.rew + (args.alpha + (1 - args.alpha) * m) * value, metrics
-
-
-def critic_loss(critic: nn.Module, batch: Batch, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over the critics, mean over the batch of (Q_h(s, a) - y)^2."""
-    q = critic(batch.obs, batch.act)  # [2, B]
-    loss = (q - target).square().sum(0).mean()
-    return loss, {"critic_loss": loss, "q_mean": q.mean(), "td_target": target.mean()}
-
-
-def actor_loss(networks: tuple, batch: Batch, draws: Draws, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """-min_h Q_h(s, mu(s)) - gamma log pi(a|s) (Eq. 9), or -w log pi(a|s), w = exp(temperature (Q(s, a) - v(s)))."""
-    actor, actor_target, critic = networks
-    mean, std = actor(batch.obs)
-    log_prob = torch.distributions.Normal(mean, std, validate_args=False).log_prob(batch.act).sum(1)  # [B]
-    if args.actor_objective == "q":
-        value = critic(batch.obs, mean).amin(0)
-        loss = -value.mean() - args.gamma_ent * log_prob.mean()
-    else:
-        with torch.no_grad():
-            mean, std = actor_target(batch.obs)
-            acts = (mean + std * draws.actions).flatten(0, 1)  # [M B, A]
-            value = critic(batch.obs.repeat(len(draws.actions), 1), acts).amin(0).view(-1, len(mean)).mean(0)  # [B]
-            advantage = critic(batch.obs, batch.act).amin(0) - value
-            weight = (AWR_TEMPERATURE * advantage).exp().clamp(max=AWR_MAX_WEIGHT)
-        loss = -(weight * log_prob).mean()
-    return loss, {"actor_loss": loss, "policy_value": value.mean(), "log_prob": log_prob.mean()}
-
-
-# ------------------------------------------------------------------------------------------------------------- update
-
-
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """A step without clipping; no other network's parameters get a gradient."""
-    optimizer.zero_grad()
-    loss.backward(inputs=[p for p in optimizer.param_groups[0]["params"] if p.requires_grad])
-    optimizer.step()
+    not_done: Tensor  # [B], 0 at a terminal, else 1; a timeout is not terminal
 
 
 class QDQ:
-    """All that is learned in the three stages: networks, targets, optimisers, and how one batch changes them."""
+    """Networks, targets and optimisers of the three stages, and how one batch changes them."""
 
-    metrics = ("teacher_loss", "student_loss", "critic_loss", "mixture_gap", "q_mean", "td_target", "uncertainty")
-    metrics += ("multiplier", "sampled_return", "actor_loss", "policy_value", "log_prob")
-    parts = ("teacher", "student", "student_target", "actor", "actor_target", "critic", "critic_target")
-    parts += ("teacher_adam", "student_radam", "actor_adam", "critic_adam")
+    NETWORKS = (
+        "teacher",
+        "student",
+        "student_target",
+        "actor",
+        "actor_target",
+        "critic",
+        "critic_target",
+    )
+    OPTIMIZERS = ("teacher_adam", "student_radam", "actor_adam", "critic_adam")
+    POLICY = ("actor",)  # the networks that act
+    METRICS = (  # of one minibatch, in units of the transformed reward where they are values
+        "teacher_loss",  # weighted mean of (D(x + t z, t) - x)^2, normalised returns
+        "student_loss",  # mean of (f(x_t, t_i) - f_target(x_h, t_{i+1}))^2, normalised returns
+        "critic_loss",  # Eq. 7: alpha loss_high + (1 - alpha) loss_low
+        "loss_high",  # mean of (Q_i - y_H)^2, summed over both critics, with the ordinary target
+        "loss_low",  # mean of (Q_i - y_L)^2, summed over both critics, with the pessimistic target
+        "q_mean",  # mean of Q_i over critics and batch
+        "td_target",  # mean of alpha y_H + (1 - alpha) y_L
+        "uncertainty",  # mean of H
+        "multiplier",  # mean of m
+        "sampled_return",  # mean of the student's samples
+        "actor_loss",  # of the actor's newest update, like the two below
+        "policy_value",  # mean of min Q(s, mu(s)), or of v(s) in advantage-weighted regression
+        "log_prob",  # mean of log pi(a|s) of the data's actions
+    )
 
-    def __init__(self, obs_dim: int, act_dim: int, args: Args, device: torch.device | str = "cpu"):
-        self.args, self.device, self.act_dim, dim = args, torch.device(device), act_dim, obs_dim + act_dim
-        self.steps = {"teacher": 0, "student": 0, "policy": 0}  # updates of each stage
-        self.actor_metrics = {}  # of the actor's newest step, for the updates between two
-        self.teacher, self.student, self.student_target = (ReturnNetwork(dim, args.hidden_dim).to(device) for _ in range(3))
+    def __init__(self, obs_dim: int, act_dim: int, args: Args, device: str = "cpu"):
+        self.args = args
+        self.device = device
+        self.act_dim = act_dim
+        self.step = 0  # updates so far, in all stages
+        self.stages = (  # and their updates
+            ("teacher", args.teacher_steps),
+            ("student", args.student_steps),
+            ("policy", args.total_steps),
+        )
+
+        self.teacher = ReturnNetwork(obs_dim, act_dim, args.hidden_dim).to(device)
+        self.teacher_adam = torch.optim.Adam(self.teacher.parameters(), fused=True)
+
+        # The student's target is initialised on its own, not as a copy, as in the code.
+        self.student = ReturnNetwork(obs_dim, act_dim, args.hidden_dim).to(device)
+        self.student_target = ReturnNetwork(obs_dim, act_dim, args.hidden_dim).to(device)
+        self.student_target.requires_grad_(False)
+        self.student_radam = torch.optim.RAdam(self.student.parameters())
+
         self.actor = Actor(obs_dim, act_dim, args.hidden_dim, args.hidden_layers).to(device)
-        self.critic = Critics(dim, args.hidden_dim, args.hidden_layers, args.critic_layer_norm).to(device)
-        self.actor_target, self.critic_target = deepcopy(self.actor), deepcopy(self.critic)
-        on_gpu = self.device.type == "cuda"
-        adam = partial(torch.optim.Adam, fused=True, capturable=on_gpu)
-        self.teacher_adam, self.actor_adam = adam(self.teacher.parameters()), adam(self.actor.parameters())
-        self.student_radam = torch.optim.RAdam(self.student.parameters(), capturable=on_gpu)
-        self.critic_adam = adam(self.critic.parameters(), lr=args.critic_lr)
+        self.actor_target = deepcopy(self.actor).requires_grad_(False)
+        self.actor_adam = torch.optim.Adam(self.actor.parameters(), fused=True)
+        self.actor_metrics = {}  # of the actor's newest update
+
+        self.critic = Critics(
+            obs_dim, act_dim, args.hidden_dim, args.hidden_layers, args.critic_layer_norm
+        )
+        self.critic.to(device)
+        self.critic_target = deepcopy(self.critic).requires_grad_(False)
+        critic_parameters = self.critic.parameters()
+        self.critic_adam = torch.optim.Adam(critic_parameters, lr=args.critic_lr, fused=True)
+
+        self.q_range = torch.tensor([-1.0, 1.0], device=device)  # of the data's truncated returns
         grid = karras_grid(args.grid_points, args.t_min, args.t_max, args.karras_rho)
-        self.grid = grid.to(device, torch.get_default_dtype())
-        compiled = (lambda f: torch.compile(f, dynamic=False)) if args.compile else (lambda f: f)
-        self.teacher_loss, self.student_loss, self.td_target = compiled(teacher_loss), compiled(student_loss), compiled(td_target)
-        self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
-        if args.compile and on_gpu:
-            self.one_update = GraphedUpdate(self.one_update)
+        self.grid = grid.to(device, torch.get_default_dtype())  # [N, 1]
 
-    def draw(self, stage: str, batch_size: int) -> tuple[Tensor, ...]:
-        """The random numbers of one update: (t, z), (i, z) or `Draws`."""
-        args, device = self.args, self.device
-        z = torch.randn(batch_size, 1, device=device)
-        if stage == "teacher":
-            return (LOG_T_MEAN + LOG_T_STD * torch.randn_like(z)).exp(), z
-        if stage == "student":  # never i = 0, t_max, where it will be sampled
-            return torch.randint(1, args.grid_points - 1, (batch_size,), device=device), z
-        next_act, smoothing = torch.randn(2, batch_size, self.act_dim, device=device)
-        returns = torch.randn(batch_size, args.num_samples, device=device)
-        actions = torch.randn(AWR_SAMPLES * (args.actor_objective == "awr"), batch_size, self.act_dim, device=device)
-        return Draws(next_act, smoothing, returns, actions)
+        if args.compile:
+            self.teacher_loss = torch.compile(self.teacher_loss, dynamic=False)
+            self.student_loss = torch.compile(self.student_loss, dynamic=False)
+            self.td_targets = torch.compile(self.td_targets, dynamic=False)
+            self.critic_loss = torch.compile(self.critic_loss, dynamic=False)
+            self.actor_loss = torch.compile(self.actor_loss, dynamic=False)
+            self.awr_loss = torch.compile(self.awr_loss, dynamic=False)
 
-    def update(self, stage: str, batch: Sequence[Tensor], draws: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """One update of a stage from a batch of (cond, x) or of `Batch`; returns its share of `metrics`, 0-d tensors."""
-        args, n = self.args, self.steps[stage]
-        optimizer, lr, progress, every = {
-            "teacher": (self.teacher_adam, args.teacher_lr, n / args.teacher_steps, 1),
-            "student": (self.student_radam, args.student_lr, n / args.student_steps, STUDENT_TARGET_EVERY),
-            "policy": (self.actor_adam, args.actor_lr, n // POLICY_EVERY / args.total_steps, POLICY_EVERY),  # ends at half
-        }[stage]
-        cosine_lr(optimizer, lr, progress)
-        metrics = self.one_update(batch, draws, stage, n % every == 0)
-        if "actor_loss" in metrics:
-            self.actor_metrics = {name: metrics[name].detach() for name in ("actor_loss", "policy_value", "log_prob")}
-        self.steps[stage] += 1
-        return metrics | (self.actor_metrics if stage == "policy" else {})
+    def teacher_loss(self, batch: Windows, t: Tensor, z: Tensor) -> Tensor:
+        """EDM's denoising loss, at noise levels t and with standard normals z, both [B, 1]."""
+        args = self.args
+        x_t = batch.x + t * z
+        error = denoise(self.teacher, batch.obs, batch.act, x_t, t, args) - batch.x
+        weight = (t**2 + args.sigma_data**2) / (t * args.sigma_data) ** 2
+        return (weight * error.square()).mean()
 
-    def one_update(self, batch: Sequence[Tensor], draws: tuple[Tensor, ...], stage: str, due: bool) -> dict[str, Tensor]:
-        """The stage's losses and steps; due: also the student's target, or the actor and the targets of the policy stage."""
+    def student_loss(self, batch: Windows, i: Tensor, z: Tensor) -> Tensor:
+        """Consistency distillation, for points i [B] of the grid and standard normals z [B, 1].
+
+        f at t_i is to be the target's f at t_{i+1}, on the same path of the teacher's ODE.
+        """
+        args = self.args
+        obs, act, x = batch
+        t = self.grid[i]  # [B, 1]
+        t_next = self.grid[i + 1]
+        x_t = x + t * z
+        with torch.no_grad():
+            x_h = heun_step(self.teacher, obs, act, x_t, t, t_next, args)
+            goal = consistency_fn(self.student_target, obs, act, x_h, t_next, args)
+        f = consistency_fn(self.student, obs, act, x_t, t, args)
+        return (f - goal).square().mean()
+
+    @torch.no_grad()
+    def td_targets(
+        self, batch: Batch, next_noise: Tensor, smoothing: Tensor, return_noise: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Targets y_H and y_L [B] of Eq. 7's two losses, the ordinary and the pessimistic one.
+
+        All noise is standard normal, [B, A] twice and [B, K]; also returns metrics.
+        """
+        args = self.args
+        mu, std = self.actor_target(batch.next_obs)
+        next_act = mu
+        if args.gamma_ent > 0:
+            next_act = mu + std * next_noise  # deviation 6
+        smoothing = (TARGET_NOISE * smoothing).clamp(-NOISE_CLIP, NOISE_CLIP)
+        next_act = (next_act + smoothing).clamp(-1, 1)  # [B, A]
+
+        samples = sample_returns(
+            self.student, batch.next_obs, next_act, return_noise, self.q_range, args
+        )  # [B, K]
+        h = samples.std(dim=1, unbiased=False)  # Eq. 6, deviation 2
+        m = multiplier(h, args)
+
+        q = self.critic_target(batch.next_obs, next_act).amin(dim=0)  # [B]
+        future = args.discount * batch.not_done * q
+        target_high = batch.rew + future
+        target_low = batch.rew + m * future  # with Q_L = m Q
+        metrics = {
+            "uncertainty": h.mean(),
+            "multiplier": m.mean(),
+            "sampled_return": samples.mean(),
+        }
+        return target_high, target_low, metrics
+
+    def critic_loss(
+        self, batch: Batch, target_high: Tensor, target_low: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 7: alpha L_H + (1 - alpha) L_L; and metrics.
+
+        The gradient is the one of a single loss with the target alpha y_H + (1 - alpha) y_L.
+        """
+        args = self.args
+        q = self.critic(batch.obs, batch.act)  # [2, B]
+        loss_high = (q - target_high).square().sum(dim=0).mean()  # Eq. 2
+        loss_low = (q - target_low).square().sum(dim=0).mean()
+        loss = args.alpha * loss_high + (1 - args.alpha) * loss_low  # Eq. 7
+        target = args.alpha * target_high + (1 - args.alpha) * target_low
+        metrics = {
+            "critic_loss": loss.detach(),
+            "loss_high": loss_high.detach(),
+            "loss_low": loss_low.detach(),
+            "q_mean": q.detach().mean(),
+            "td_target": target.mean(),
+        }
+        return loss, metrics
+
+    def actor_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 9: -min Q(s, mu(s)) - gamma log pi(a|s) of the data's actions; and metrics."""
+        mu, std = self.actor(batch.obs)
+        log_prob = Normal(mu, std, validate_args=False).log_prob(batch.act).sum(dim=1)  # [B]
+        q = self.critic(batch.obs, mu).amin(dim=0)  # [B], deviation 5
+        loss = -q.mean() - self.args.gamma_ent * log_prob.mean()  # Eq. 9, deviation 5
+        metrics = {
+            "actor_loss": loss.detach(),
+            "policy_value": q.detach().mean(),
+            "log_prob": log_prob.detach().mean(),
+        }
+        return loss, metrics
+
+    def awr_loss(self, batch: Batch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Advantage-weighted regression, the actor's loss of deviation 4; and metrics.
+
+        The value v(s) is a mean over M actions of the target policy, drawn by noise [M, B, A].
+        """
+        mu, std = self.actor(batch.obs)
+        log_prob = Normal(mu, std, validate_args=False).log_prob(batch.act).sum(dim=1)  # [B]
+        with torch.no_grad():
+            mu, std = self.actor_target(batch.obs)
+            act = (mu + std * noise).flatten(0, 1)  # [M B, A]
+            obs = batch.obs.repeat(len(noise), 1)  # [M B, S]
+            q = self.critic(obs, act).amin(dim=0)  # [M B]
+            value = q.view(len(noise), -1).mean(dim=0)  # v(s), [B]
+            advantage = self.critic(batch.obs, batch.act).amin(dim=0) - value
+            weight = (AWR_TEMPERATURE * advantage).exp().clamp(max=AWR_MAX_WEIGHT)
+        loss = -(weight * log_prob).mean()
+        metrics = {
+            "actor_loss": loss.detach(),
+            "policy_value": value.mean(),
+            "log_prob": log_prob.detach().mean(),
+        }
+        return loss, metrics
+
+    def update(self, stage: str, batch: Windows | Batch) -> dict[str, Tensor]:
+        """One update of a stage; returns its metrics, 0-d tensors on the device."""
         args = self.args
         if stage == "teacher":
-            loss = self.teacher_loss(self.teacher, *batch, *draws, args.sigma_data)
-            descend(self.teacher_adam, loss)
-            return {"teacher_loss": loss}
-        if stage == "student":
-            loss = self.student_loss((self.student, self.student_target, self.teacher), *batch, *draws, self.grid, args)
-            descend(self.student_radam, loss)
-            if due:
-                soft_update(self.student_target, self.student, args.student_tau)
-            return {"student_loss": loss}
-        batch, actor_metrics = Batch(*batch), {}
-        target, metrics = self.td_target((self.actor_target, self.critic_target, self.student), batch, draws, args)
-        loss, critic_metrics = self.critic_loss(self.critic, batch, target)
-        gradient_step(self.critic_adam, loss, args.max_grad_norm)
-        if due:
+            metrics = self.update_teacher(batch, self.step)
+        elif stage == "student":
+            metrics = self.update_student(batch, self.step - args.teacher_steps)
+        else:
+            before = args.teacher_steps + args.student_steps
+            metrics = self.update_policy(batch, self.step - before)
+        self.step += 1
+        return metrics
+
+    def update_teacher(self, batch: Windows, n: int) -> dict[str, Tensor]:
+        """Update n = 0, 1, ... of the teacher."""
+        args = self.args
+        set_lr(self.teacher_adam, cosine(args.teacher_lr, n / args.teacher_steps))  # deviation 9
+        log_t = LOG_T_MEAN + LOG_T_STD * torch.randn(len(batch.x), 1, device=self.device)
+        z = torch.randn(len(batch.x), 1, device=self.device)
+        loss = self.teacher_loss(batch, log_t.exp(), z)
+        gradient_step(self.teacher_adam, loss)
+        return {"teacher_loss": loss.detach()}
+
+    def update_student(self, batch: Windows, n: int) -> dict[str, Tensor]:
+        """Update n = 0, 1, ... of the student, with the finished teacher."""
+        args = self.args
+        set_lr(self.student_radam, cosine(args.student_lr, n / args.student_steps))  # deviation 9
+        # The point t_0 = t_max, at which the student is sampled, is never drawn, as in the code.
+        i = torch.randint(1, args.grid_points - 1, (len(batch.x),), device=self.device)
+        z = torch.randn(len(batch.x), 1, device=self.device)
+        loss = self.student_loss(batch, i, z)
+        gradient_step(self.student_radam, loss)
+        if n % STUDENT_TARGET_EVERY == 0:
+            soft_update(self.student_target, self.student, args.student_tau)
+        return {"student_loss": loss.detach()}
+
+    def update_policy(self, batch: Batch, n: int) -> dict[str, Tensor]:
+        """Update n = 0, 1, ... of critics and actor, with the finished student; Algorithm 1."""
+        args = self.args
+        batch_size = len(batch.obs)
+        next_noise = torch.randn(batch_size, self.act_dim, device=self.device)
+        smoothing = torch.randn(batch_size, self.act_dim, device=self.device)
+        return_noise = torch.randn(batch_size, args.num_samples, device=self.device)
+
+        # critics
+        target_high, target_low, metrics = self.td_targets(
+            batch, next_noise, smoothing, return_noise
+        )
+        loss, critic_metrics = self.critic_loss(batch, target_high, target_low)
+        gradient_step(self.critic_adam, loss, args.max_grad_norm)  # deviation 9
+
+        # actor and targets
+        if n % POLICY_EVERY == 0:  # deviation 7
             soft_update(self.critic_target, self.critic, args.tau)
-            loss, actor_metrics = self.actor_loss((self.actor, self.actor_target, self.critic), batch, draws, args)
-            descend(self.actor_adam, loss)
+            progress = n // POLICY_EVERY / args.total_steps
+            set_lr(self.actor_adam, cosine(args.actor_lr, progress))  # deviation 9
+            if args.actor_objective == "q":
+                loss, self.actor_metrics = self.actor_loss(batch)
+            else:
+                act_noise = torch.randn(AWR_ACTIONS, batch_size, self.act_dim, device=self.device)
+                loss, self.actor_metrics = self.awr_loss(batch, act_noise)  # deviation 4
+            gradient_step(self.actor_adam, loss)
             soft_update(self.actor_target, self.actor, args.tau)
-        return metrics | critic_metrics | actor_metrics
+
+        return {**metrics, **critic_metrics, **self.actor_metrics}
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """The evaluated policy, [E, S] -> [E, A]: the mean of the online actor."""
-        return self.actor(torch.as_tensor(obs, device=self.device))[0].cpu().numpy()
+        """The evaluated policy: obs [E, S] -> actions [E, A], the mean of the actor."""
+        mu, _ = self.actor(torch.as_tensor(obs, device=self.device))
+        return mu.cpu().numpy()
 
     def state_dict(self) -> dict:
-        others = {"steps": self.steps, "actor_metrics": self.actor_metrics}
-        return {name: getattr(self, name).state_dict() for name in self.parts} | others
+        parts = (*self.NETWORKS, *self.OPTIMIZERS)
+        state = {name: getattr(self, name).state_dict() for name in parts}
+        others = {"q_range": self.q_range, "actor_metrics": self.actor_metrics, "step": self.step}
+        return {**state, **others}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in self.parts:
+        for name in (*self.NETWORKS, *self.OPTIMIZERS):
             getattr(self, name).load_state_dict(state[name])
-        self.steps = state["steps"]
-        self.actor_metrics = {name: value.to(self.device) for name, value in state["actor_metrics"].items()}
+        self.q_range = state["q_range"].to(self.device)
+        for name, value in state["actor_metrics"].items():
+            self.actor_metrics[name] = value.to(self.device)
+        self.step = state["step"]
 
 
-# ----------------------------------------------------------- helpers, textually the same in dac.py, qdq.py and cped.py
+# -------------------------- helpers, word for word in dac.py, qdq.py, cped.py
 
 
 @torch.no_grad()
 def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     """target <- (1 - tau) target + tau online."""
-    for t, o in zip(target.parameters(), online.parameters()):
-        t.lerp_(o, tau)
+    for old, new in zip(target.parameters(), online.parameters()):
+        old.lerp_(new, tau)
 
 
-def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float) -> None:
-    """One optimiser step, the gradient clipped to max_norm over all parameters together."""
+def gradient_step(
+    optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float = math.inf
+) -> None:
+    """One optimiser step, with the gradient clipped to max_norm over all parameters together."""
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
+    if max_norm < math.inf:
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
     optimizer.step()
 
 
-def cosine_lr(optimizer: torch.optim.Optimizer, start: float, progress: float, end: float = 0.0) -> None:
-    """Step size on a cosine from start at progress 0 to end at 1; on CUDA one tensor, which each replay of a graph reads anew."""
-    lr = end + (1 + math.cos(math.pi * progress)) / 2 * (start - end)
-    group, device = optimizer.param_groups[0], optimizer.param_groups[0]["params"][0].device
-    group["lr"] = lr if device.type == "cpu" else torch.as_tensor(group["lr"], dtype=torch.float32, device=device).fill_(lr)
+def cosine(start: float, progress: float) -> float:
+    """Falls from start at progress 0 to 0 at progress 1."""
+    return start * (1 + math.cos(math.pi * progress)) / 2
 
 
-class GraphedUpdate:
-    """update(batch, draws, *flags) as CUDA graphs, one for each set of flags and batch size: it runs three times, is recorded,
-    and from then on replayed on the contents of new batches and draws. It may depend on nothing else that is not a tensor, and
-    never wait for the device. The metrics that it returns are overwritten by the next replay."""
-
-    def __init__(self, update: Callable):
-        self.update, self.stream, self.calls, self.graphs = update, torch.cuda.Stream(), Counter(), {}
-
-    def __call__(self, batch: tuple, draws: tuple, *flags) -> dict[str, Tensor]:
-        key, here = (*flags, *(x.shape for x in (*batch, *draws))), torch.cuda.current_stream()
-        self.calls[key] += 1
-        if self.calls[key] <= 3:  # compiles, and makes the moments of the optimisers
-            self.stream.wait_stream(here)
-            with torch.cuda.stream(self.stream):
-                metrics = self.update(batch, draws, *flags)
-            here.wait_stream(self.stream)
-            return metrics
-        if key not in self.graphs:
-            inputs, graph = deepcopy((batch, draws)), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
-                metrics = self.update(*inputs, *flags)
-            self.graphs[key] = graph, (*inputs[0], *inputs[1]), metrics
-        graph, inputs, metrics = self.graphs[key]
-        for recorded, new in zip(inputs, (*batch, *draws)):
-            recorded.copy_(new)
-        graph.replay()
-        return metrics
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    optimizer.param_groups[0]["lr"] = lr
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Written under another name, then renamed: the checkpoint is the whole new one or still the previous one."""
-    part, kinds = path.with_suffix(".part"), (OSError, RuntimeError)  # torch reports a full disk as RuntimeError
-    try:
-        with explained(kinds, f"cannot write {path}; the previous checkpoint is as it was"):
-            torch.save(state, part)
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def shuffled_batches(num_rows: int, batch_size: int, seed: int, step: int, device: str):
+    """Yields the row indices of updates step, step + 1, ...: shuffled epochs, the last batch short.
+
+    They depend on (seed, step) alone, so a resumed run sees the same batches.
+    """
+    per_epoch = math.ceil(num_rows / batch_size)
+    epoch, skip = divmod(step, per_epoch)
+    while True:
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(num_rows, generator=generator, device=device)
+        yield from order.split(batch_size)[skip:]
+        epoch += 1
+        skip = 0
 
 
-def load_checkpoint(path: Path) -> dict:
-    """State of a run, from its checkpoint or its folder."""
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    if not path.exists():
-        raise UserError(f"{path} does not exist", status=2)
-    with explained(Exception, f"{path} is no checkpoint, or a damaged one", status=2):
-        archive = zipfile.ZipFile(path)
-        if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():  # torch looks at neither
-            raise ValueError("compressed, or a checksum does not fit")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    names = {field.name for field in dataclasses.fields(Args)} - set(PER_CALL)
-    if not isinstance(state, dict) or state.get("algorithm") != ALGORITHM or state.get("args", {}).keys() != names:
-        raise UserError(f"{path} was not written by this version of {ALGORITHM}.py", status=2)
-    return state | {"path": path}
+def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
+    """Defaults, then the task's preset, --quick and what is typed; each overrides the one before.
 
-
-def restore(agent: object, state: dict) -> None:
-    """Agent and random numbers go on as they were; a state of other shapes is refused: a fused Adam writes past its end."""
-    with explained(Exception, f"{state['path']} does not hold what its arguments describe", status=2):
-        for part in (part for part in state["agent"].values() if isinstance(part, dict) and "param_groups" in part):
-            part["param_groups"][0]["capturable"] = agent.device.type == "cuda"  # wherever it was saved
-        agent.load_state_dict(state["agent"])
-        for adam in (part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)):
-            if any(m.ndim and m.shape != p.shape for p, moments in adam.state.items() for m in moments.values()):
-                raise ValueError("moments of another shape")
-        torch.set_rng_state(state["rng"])
-        if agent.device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], agent.device)
-
-
-def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
-    """Defaults < preset of the task < --quick < what was typed; and, with --resume or --eval-only, the state of that run."""
+    With --resume: the arguments of that run and its checkpoint.
+    """
     typed, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
-    if typed.resume is None and typed.eval_only is None:
-        state, own = None, PRESETS.get(strip_version(typed.env), {}) | (QUICK if typed.quick else {})
-    else:
-        runs = sorted(typed.run_dir.glob(f"{typed.env}/{ALGORITHM}/seed{typed.seed}-*/checkpoint.pt"))
-        if typed.eval_only is None and not typed.resume and not runs:
-            raise UserError(f"--resume: {typed.run_dir} has no {ALGORITHM} run of {typed.env}, seed {typed.seed}", status=2)
-        state = load_checkpoint(typed.eval_only or Path(typed.resume[0] if typed.resume else runs[-1]))
-        own = state["args"] | {"run_dir": typed.run_dir}
-    args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **own), description=__doc__)
-    if (args.episodes or args.video) and not args.eval_only:
-        raise UserError("--episodes and --video go with --eval-only", status=2)
-    for name, value in dataclasses.asdict(args).items():
-        least = 1 if isinstance(value, int) and name not in ("seed", "eval_workers", "actor_target_start") else 0
-        if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < 2**31:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more, and less than 2^31", status=2)
-        if state and name in own and name not in MAY_CHANGE and value != own[name]:
-            raise UserError(f"--{name.replace('_', '-')} {value}: {state['path']} was made with {own[name]}", status=2)
-    return args, state
+    if typed.resume is None:
+        task = re.sub(r"-v\d+$", "", typed.env)
+        start = replace(Args(), **PRESETS.get(task, {}))
+        if typed.quick:
+            start = replace(start, **QUICK)
+        args = tyro.cli(Args, args=argv, default=start, description=__doc__)
+        check_args(args)
+        return args, None
+
+    folder = Path(typed.resume)
+    path = folder / "checkpoint.pt"
+    if not (folder / "args.json").exists():
+        sys.exit(f"error: --resume {folder}: this is not the folder of a run, it has no args.json")
+    if not path.exists():
+        sys.exit(f"error: {path} does not exist: the run ended before its first checkpoint")
+    if not zipfile.is_zipfile(path):
+        sys.exit(f"error: {path} is not a checkpoint, or a damaged one")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if checkpoint["algorithm"] != ALGORITHM:
+        sys.exit(f"error: {path} was written by {checkpoint['algorithm']}.py")
+    stored = checkpoint["args"]
+    unknown = stored.keys() - {field.name for field in fields(Args)}
+    if unknown:
+        sys.exit(f"error: {path} has arguments of another version: {', '.join(sorted(unknown))}")
+    args = tyro.cli(Args, args=argv, default=replace(Args(), **stored), description=__doc__)
+    check_args(args)
+    for name, value in stored.items():
+        if name not in RESUME_MAY_CHANGE and getattr(args, name) != value:
+            sys.exit(f"error: --{name.replace('_', '-')}: this run was started with {value}")
+    return args, checkpoint
 
 
-# ---------------------------------------------------------------------------------------------------------------- run
+def check_args(args: Args) -> None:
+    """Ends the program where a number is out of range, or where the task cannot name a folder."""
+    for name, value in asdict(args).items():
+        low = 0 if isinstance(value, float) or name in MAY_BE_ZERO else 1
+        high = 1 if name in AT_MOST_ONE else 2**31 - 1
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) in (int, float) and not low <= number <= high:  # NaN is in no range
+                flag = name.replace("_", "-")
+                sys.exit(f"error: --{flag} {number}: must be from {low} to {high}")
+    if not re.fullmatch(r"\w[\w.:+-]*(/\w[\w.:+-]*)*", args.env):
+        sys.exit(f"error: --env {args.env!r}: wanted are letters, digits, _ . : + - and single /")
+
+
+def new_folder(args: Args) -> Path:
+    """Makes <run_dir>/<task>/<algorithm>/seed<k>-<time>, with a suffix where that exists."""
+    parent = Path(args.run_dir) / args.env / ALGORITHM
+    name = time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):  # of another run that was started in the same second
+            folder.mkdir(parents=True)
+            return folder
+
+
+def stop_if_not_finite(values: dict[str, float], step: int, folder: Path) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            print(file=sys.stderr)  # the progress bar has left its line open
+            sys.exit(
+                f"error: {name} is {value} at update {step};"
+                f" the last good checkpoint, if there is one, is in {folder}"
+            )
+
+
+def save(content: dict, path: Path) -> None:
+    """Replaces the file in one step: after a crash it is the whole old or the whole new one."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    part = path.with_suffix(".part")
+    try:
+        with part.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # half a file, where the disk is full
+
+
+class Log:
+    """metrics.csv and TensorBoard with the same names; rows are those of a resumed run."""
+
+    def __init__(self, folder: Path, columns: list[str], rows: list[dict]):
+        self.rows = rows
+        self.file = (folder / "metrics.csv").open("w", newline="", buffering=1)
+        self.table = csv.DictWriter(self.file, columns)
+        self.table.writeheader()
+        self.table.writerows(rows)
+        last = rows[-1]["step"] if rows else 0
+        self.board = SummaryWriter(str(folder), purge_step=last + 1)
+
+    def write(self, row: dict) -> None:
+        self.rows.append(row)
+        self.table.writerow(row)
+        for name, value in row.items():
+            if name != "step":
+                self.board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+# --------------------------------------------------------------------- main
+
+
+def reuse_student(agent: QDQ, args: Args, info: dict) -> None:
+    """Takes over teacher and student of the run --consistency, if it trained the same student."""
+    path = Path(args.consistency)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    if not path.exists():
+        sys.exit(f"error: --consistency {args.consistency}: {path} does not exist")
+    if not zipfile.is_zipfile(path):
+        sys.exit(f"error: --consistency: {path} is not a checkpoint, or a damaged one")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if checkpoint.get("algorithm") != ALGORITHM:
+        sys.exit(f"error: --consistency: {path} is not a checkpoint of {ALGORITHM}.py")
+    stored = {**asdict(Args()), **checkpoint["args"]}
+    if stored.keys() != asdict(args).keys():
+        sys.exit(f"error: --consistency: {path} has arguments of another version")
+    if checkpoint["info"]["sha256"] != info["sha256"]:
+        sys.exit(f"error: --consistency: {path} was trained on {checkpoint['info']['id']}")
+    for name in STUDENT_DEPENDS_ON:
+        value = getattr(args, name)
+        if stored[name] != value:
+            flag = name.replace("_", "-")
+            sys.exit(f"error: --consistency: {path} has --{flag} {stored[name]}, this run {value}")
+    done = args.teacher_steps + args.student_steps
+    state = checkpoint["agent"]
+    if state["step"] < done:
+        sys.exit(f"error: --consistency: the student of {path} is not finished")
+    agent.teacher.load_state_dict(state["teacher"])
+    agent.student.load_state_dict(state["student"])
+    agent.step = done
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args, state = parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no CUDA device here, or torch was installed without CUDA", status=2)
-    device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
-    if args.compile and not args.eval_only:
-        with explained(Exception, "--compile: torch.compile fails here; it needs a C++ compiler, on CUDA Triton", status=2):
-            torch.compile(torch.sin)(torch.zeros(2, device=device))
-    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-
-    def show(step: int, result: dict[str, np.ndarray]) -> dict[str, float]:
-        means = {f"eval/{name}": float(values.mean()) for name, values in result.items()}
-        tqdm.write(f"update {step:,}: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
-        return means
-
-    if args.eval_only:
-        agent, info = QDQ(state["obs_dim"], state["act_dim"], args, device), state["info"]
-        restore(agent, state)
-        print(describe(info))
-        if args.video:
-            print(f"{args.video}: one episode, return {record_video(agent.act, info, args.video, EVAL_SEED):.2f}")
-        result = evaluate(agent.act, info, args.episodes or args.eval_episodes, EVAL_SEED + agent.steps["policy"])
-        return show(sum(agent.steps.values()), result)
-    if args.beta > 1 or args.hidden_dim % 32 or args.grid_points < 3 or not 0 < args.t_min < args.t_max:
-        raise UserError("needed: beta <= 1, hidden_dim a multiple of 32, grid_points >= 3 and 0 < t_min < t_max", status=2)
-    if args.stage in ("student", "policy") and not args.consistency:
-        raise UserError(f"--stage {args.stage} needs --consistency PATH, with the stages before it", status=2)
+    args, checkpoint = parse_args(argv)
+    if args.hidden_dim < 64 or args.hidden_dim % 32 > 0:
+        sys.exit(f"error: --hidden-dim {args.hidden_dim}: must be 64, 96, 128, ..., for 32 groups")
+    if args.grid_points < 3:
+        sys.exit(f"error: --grid-points {args.grid_points}: must be 3 or more")
+    if not 0 < args.t_min < args.t_max:
+        sys.exit(f"error: --t-min {args.t_min}: must be above 0 and below --t-max {args.t_max}")
+    for name in ("sigma_data", "karras_rho"):
+        if getattr(args, name) == 0:
+            sys.exit(f"error: --{name.replace('_', '-')} 0: must be above 0")
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda: PyTorch finds no CUDA device here")
+    device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    stop = args.teacher_steps + args.student_steps
+    stop += min(args.stop_after or args.total_steps, args.total_steps)
 
     # data
     arrays, info = load_dataset(args.env, args.data, need_env=args.eval)
-    print(describe(info))
-    print("arguments   " + " ".join(f"{name}={value}" for name, value in dataclasses.asdict(args).items()))
-    if state and state["info"]["sha256"] != info["sha256"]:
-        raise UserError(f"{state['path']} was trained on {state['info']['id']}, not on {info['file']}", status=2)
-    print("quick       a small protocol of our own, not comparable with published scores\n" if args.quick else "", end="")
-    arrays["rew"] = arrays["rew"] - (args.reward_transform == "minus_one")
+    if checkpoint is not None and checkpoint["info"]["sha256"] != info["sha256"]:
+        sys.exit(f"error: {args.resume} was trained on {checkpoint['info']['id']}: see --data")
+    if args.reward_transform == "minus_one":
+        arrays["rew"] = arrays["rew"] - 1
     arrays["act"] = arrays["act"].clip(-1 + 1e-5, 1 - 1e-5)
     data = Batch(*(torch.as_tensor(arrays[name], device=device) for name in Batch._fields))
-    first, q = truncated_returns(arrays["rew"], arrays["ends"], WINDOW, STRIDE, args.discount)
-    low, high = q.min(), q.max()
-    print(f"windows     {len(q):,}, with truncated returns from {low:.7g} to {high:.7g}")
-    if low == high:
-        raise UserError("all truncated returns are equal: they have no distribution to learn")
-    x = torch.as_tensor(2 * (q - low) / (high - low) - 1, dtype=torch.float32, device=device)[:, None]
-    windows = (torch.cat([data.obs, data.act], 1)[torch.as_tensor(first, device=device)], x)
+    obs_dim = data.obs.shape[1]
+    act_dim = data.act.shape[1]
 
-    # agent and run folder
-    torch.manual_seed(args.seed)  # initialisation and all noise come from torch, on every device
-    dims = {"obs_dim": data.obs.shape[1], "act_dim": data.act.shape[1]}
-    agent = QDQ(**dims, args=args, device=device)
-    agent.student.q_range.copy_(torch.tensor([low, high]))
-    if state:
-        folder, rows, row, seconds = state["path"].parent, state["rows"], state["row"], state["seconds"]
-        restore(agent, state)
+    # Q dataset
+    begins, returns = truncated_returns(
+        arrays["rew"], arrays["ends"], WINDOW, STRIDE, args.discount
+    )
+    low = returns.min()
+    high = returns.max()
+    print(f"windows     {len(begins):,}, with truncated returns from {low:.7g} to {high:.7g}")
+    if low == high:
+        sys.exit("error: all truncated returns are equal: they have no distribution to learn")
+    x = 2 * (returns - low) / (high - low) - 1
+    x = torch.as_tensor(x, dtype=torch.float32, device=device)
+    begins = torch.as_tensor(begins, device=device)
+    windows = Windows(data.obs[begins], data.act[begins], x[:, None])
+    datasets = {"teacher": windows, "student": windows, "policy": data}
+
+    # agent
+    torch.manual_seed(args.seed)
+    agent = QDQ(obs_dim, act_dim, args, device)
+    agent.q_range[0] = low
+    agent.q_range[1] = high
+    if checkpoint is None and args.consistency is not None:
+        reuse_student(agent, args, info)
+    if checkpoint is not None:
+        agent.load_state_dict(checkpoint["agent"])
+        torch.set_rng_state(checkpoint["rng"])
+        if device == "cuda" and "cuda_rng" in checkpoint:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+
+    # run folder
+    if checkpoint is None:
+        folder = new_folder(args)
     else:
-        if args.consistency:
-            old = load_checkpoint(Path(args.consistency))
-            with explained(Exception, f"{old['path']} holds no such stage", status=2):
-                was, now = old["args"] | old["info"] | old, dataclasses.asdict(args) | info | dims
-                stages, names = ("teacher", "student"), TEACHER_ARGS + STUDENT_ARGS
-                if args.stage == "student":
-                    stages, names = ("teacher",), TEACHER_ARGS
-                if differ := [f"{name} {was[name]}, not {now[name]}" for name in names if was[name] != now[name]]:
-                    raise UserError(f"--consistency {args.consistency}: it was made with {', '.join(differ)}", status=2)
-                for stage in stages:
-                    agent.steps[stage] = old["agent"]["steps"][stage]
-                    getattr(agent, stage).load_state_dict(old["agent"][stage])
-                    if agent.steps[stage] < was[f"{stage}_steps"]:
-                        raise UserError(f"--consistency {args.consistency}: its {stage} is not finished", status=2)
-        rows, row, seconds = [], {"step": sum(agent.steps.values())}, 0.0
-        folder = args.run_dir / args.env / ALGORITHM / time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
-        folder.mkdir(parents=True)
+        folder = Path(args.resume)
+        (folder / "result.json").unlink(missing_ok=True)  # of an earlier end
+    settings = asdict(replace(args, resume=None))
+    record = {"args": settings, "dataset": info, "device": device_name, "sha256": {}}
+    for source in (__file__, inspect.getsourcefile(load_dataset)):
+        record["sha256"][Path(source).name] = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    (folder / "args.json").write_text(json.dumps(record, indent=1))
+    train_metrics = [f"train/{name}" for name in agent.METRICS]
+    columns = ["step", *train_metrics, *EVAL_METRICS, "time/updates_per_s"]
+    log = Log(folder, columns, checkpoint["rows"] if checkpoint else [])
+    log.board.add_text("args", json.dumps(settings, indent=1))
     print(f"run folder  {folder}")
-    lock = FileLock(folder / "lock", timeout=0, is_singleton=True)  # held until this process or function ends
-    with explained(Timeout, f"{folder} is in use: another process trains this run", 2), suppress(NotImplementedError):
-        lock.acquire()  # NotImplementedError: a file system without locks
-    stored = {name: value for name, value in dataclasses.asdict(args).items() if name not in PER_CALL}
-    (folder / "args.json").write_text(json.dumps({"args": stored, "dataset": info}, indent=1))
-    columns = ["step", *(f"train/{name}" for name in QDQ.metrics), *EVAL_COLUMNS, "time/updates_per_s"]
-    table = csv.DictWriter((folder / "metrics.csv").open("w", buffering=1), columns)
-    table.writeheader()
-    table.writerows(rows)  # those of a resumed run end at its checkpoint
-    board = SummaryWriter(str(folder), purge_step=row["step"] + any(past["step"] == row["step"] for past in rows[-1:]))
-    stop: list[int] = []  # of signals: the run ends after a whole update; a second signal kills it
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    print(f"device      {device_name}")
+    if args.quick:
+        print("protocol    --quick: our own, its scores are not comparable with published ones")
+    if args.compile:
+        print("compile     the first update takes up to a minute")
 
     # training
-    copied = partial(QDQ, **dims, args=dataclasses.replace(args, compile=False), device=device)
-    evaluator, waiting = Evaluator(copied, info, args.eval_workers), deque()  # rows, with their evaluation or None
-
-    def write_rows(wait: bool) -> None:
-        """In their order, as far as the evaluations are done, or after waiting for them."""
-        while waiting and (wait or waiting[0][1] is None or waiting[0][1].done()):
-            row, evaluation = waiting.popleft()
-            if evaluation:
-                with explained(BrokenExecutor, f"a process that evaluates has died; go on with --resume {folder}"):
-                    row |= show(row["step"], evaluation.result())
-                score = row.get("eval/normalized_score", math.nan)
-                bar.set_postfix_str(f"return {row['eval/return']:.1f}, score {score:.1f}")
-            rows.append(row)
-            with explained(OSError, f"cannot write to {folder}; its checkpoint is as it was"):
-                table.writerow(row)
-                for name, value in list(row.items())[1:]:
-                    board.add_scalar(name, value, row["step"])
-
-    totals = {"teacher": args.teacher_steps, "student": args.student_steps, "policy": args.total_steps}
-    stages = [stage for stage in totals if args.stage in (stage, "all")]
-    stages = stages[max([i for i, stage in enumerate(stages) if state and agent.steps[stage]], default=0) :]  # from its stage on
-    started = window = time.perf_counter()
-    metrics = None if state else {}  # None: the checkpoint of a resumed run has what came before it at its step
-    for stage in stages:
-        source, total = data if stage == "policy" else windows, totals[stage]
-        bar = tqdm(total=total, initial=agent.steps[stage], desc=stage, unit=" updates", mininterval=0.5)
-        while True:
-            done, step = agent.steps[stage], sum(agent.steps.values())  # step counts all stages, reused ones too
-            last = done == total or bool(stop)
-            if metrics and (done % args.log_every == 0 or done % args.checkpoint_every == 0 or last):
-                values = torch.stack(list(metrics.values())).tolist()  # the only wait for the device
-                found = {f"train/{name}": value for name, value in zip(metrics, values)}
-                if broken := [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]:
-                    write_rows(wait=True)
-                    raise UserError(f"{', '.join(broken)} at update {step}; the last good checkpoint is in {folder}")
-                if done % args.log_every == 0:
-                    row |= found | {"time/updates_per_s": args.log_every / (time.perf_counter() - window)}
-            if metrics is not None and (done % args.checkpoint_every == 0 or last):
-                write_rows(wait=True)
-                content = {"algorithm": ALGORITHM, "args": stored, "info": info, "rows": rows, "row": row}
-                content |= dims | {"rng": torch.get_rng_state(), "seconds": seconds + time.perf_counter() - started}
-                content |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-                save_checkpoint(folder / "checkpoint.pt", content | {"agent": agent.state_dict()})
-            if last and done < total:
-                break  # an evaluation that is due is left to the run that goes on
-            due = stage == "policy" and args.eval and (done % args.eval_every == 0 or done == total)
-            if due or len(row) > 1:
-                waiting.append((row, evaluator(agent, args.eval_episodes, EVAL_SEED + done) if due else None))
-                window = time.perf_counter()
-            write_rows(wait=last)
-            if last:
-                break
-            index = torch.randint(len(source[0]), (args.batch_size,), device=device)
-            metrics = agent.update(stage, [column[index] for column in source], agent.draw(stage, args.batch_size))
-            row = {"step": step + 1}
+    seconds = checkpoint["seconds"] if checkpoint else 0.0
+    started = saved = window = time.perf_counter()
+    window_step = agent.step
+    bar = tqdm(initial=agent.step, total=stop, unit=" updates", mininterval=0.5)
+    end = 0
+    for stage, length in agent.stages:
+        begin = end
+        end = min(begin + length, stop)
+        data = datasets[stage]
+        skip = agent.step - begin
+        batches = shuffled_batches(len(data.obs), args.batch_size, args.seed, skip, device)
+        bar.set_description(stage, refresh=False)
+        while agent.step < end:
+            indices = next(batches)
+            batch = type(data)(*(column[indices] for column in data))
+            metrics = agent.update(stage, batch)
+            step = agent.step
             bar.update()
-        bar.close()
-        if done < total or stage == stages[-1]:
-            evaluator.close()
-            board.close()
-        if done < total:
-            raise UserError(f"stopped at update {step:,}; go on with: python {ALGORITHM}.py --resume {folder}")
-        metrics, row = {}, {"step": step}
+
+            row = {"step": step}
+            if step % args.log_every == 0:
+                for name, value in metrics.items():
+                    row[f"train/{name}"] = value.item()
+                row["time/updates_per_s"] = (step - window_step) / (time.perf_counter() - window)
+            updates = step - begin  # of this stage
+            due = updates % args.eval_every == 0 or updates == length
+            if args.eval and stage == "policy" and due:
+                evaluation = evaluate(agent.act, info, args.eval_episodes, EVAL_SEED + updates)
+                for name, values in evaluation.items():
+                    row[f"eval/{name}"] = float(values.mean())
+                means = [f"{name} {values.mean():.1f}" for name, values in evaluation.items()]
+                bar.write(f"policy update {updates:,}: {', '.join(means)}")
+            if len(row) > 1:
+                stop_if_not_finite(row, step, folder)
+                log.write(row)
+                window = time.perf_counter()
+                window_step = step
+
+            if time.perf_counter() - saved > 60 * args.checkpoint_minutes or step == end:
+                content = {
+                    "algorithm": ALGORITHM,
+                    "args": settings,
+                    "info": info,
+                    "obs_dim": obs_dim,
+                    "act_dim": act_dim,
+                    "agent": agent.state_dict(),
+                    "rows": log.rows,
+                    "seconds": seconds + time.perf_counter() - started,
+                    "rng": torch.get_rng_state(),
+                }
+                if device == "cuda":
+                    content["cuda_rng"] = torch.cuda.get_rng_state()
+                for name in agent.NETWORKS:
+                    weights = content["agent"][name].items()
+                    sums = {f"{name}.{key}": tensor.sum().item() for key, tensor in weights}
+                    stop_if_not_finite(sums, step, folder)
+                save(content, folder / "checkpoint.pt")
+                saved = time.perf_counter()
+    bar.close()
 
     # result
-    scores = [row.get("eval/normalized_score", row["eval/return"]) for row in rows if "eval/return" in row][1:]  # trained
-    result = {"algorithm": ALGORITHM, "env": args.env, "seed": args.seed, "dataset": info["id"], "sha256": info["sha256"]}
-    result |= {"updates": step, "seconds": seconds + time.perf_counter() - started, "versions": info["versions"]}
-    if scores:
-        result |= {"final_score": float(np.mean(scores[-5:])), "last_score": scores[-1], "best_score": max(scores)}
-        print(f"final score {result['final_score']:.1f} on {info['id']} (mean of the last {len(scores[-5:])} evaluations)")
+    result = {
+        "algorithm": ALGORITHM,
+        "env": args.env,
+        "seed": args.seed,
+        "dataset": info["id"],
+        "sha256": info["sha256"],
+        "updates": agent.step,
+        "seconds": seconds + time.perf_counter() - started,
+        "versions": info.get("versions"),
+        "device": device_name,
+    }
+    if args.eval:
+        for name in ("return", "normalized_score"):
+            values = [row[f"eval/{name}"] for row in log.rows if f"eval/{name}" in row]
+            if values:  # there is no normalized score without reference returns
+                result[f"{name}_last_5"] = mean(values[-5:])  # deviation 10
+                result[f"{name}_best"] = max(values)
+        final = evaluate(agent.act, info, args.final_episodes, FINAL_SEED)
+        for name, values in final.items():
+            result[f"final_{name}"] = float(values.mean())
+            result[f"final_{name}_error"] = float(values.std() / len(values) ** 0.5)
     (folder / "result.json").write_text(json.dumps(result, indent=1))
+    log.close()
+    print(json.dumps(result, indent=1))
     return result
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, a folder that cannot be written
-        print(f"error: {str(error) or 'interrupted before the training began'}", file=sys.stderr)
-        sys.exit(getattr(error, "status", 1))
+    except OSError as error:  # a full disk, a folder that cannot be written
+        sys.exit(f"error: {error} (what a run has saved is whole: go on with --resume)")
