@@ -96,7 +96,7 @@ def plan(args: Args) -> list[Job]:
         text = f"{args.flags} {getattr(args, f'{algorithm}_flags')}"
         for flag in shlex.split(text.replace("{env}", env)):
             flags.append(max(glob.glob(flag), default=flag) if "*" in flag else flag)
-        if "--resume" in flags:
+        if any(flag.split("=")[0] == "--resume" for flag in flags):
             sys.exit("error: --resume is the sweep's own, not for --flags")
         own = ["--env", env, "--seed", str(seed), "--run-dir", str(args.run_dir)]
         resolved, _ = script.parse_args([*own, *flags])
