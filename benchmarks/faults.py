@@ -1,15 +1,15 @@
-"""Kill a training again and again, resume it each time and compare it with one that nobody disturbed; or watch one for leaks.
+"""Kills a training again and again, resumes it, and compares it with one that nobody disturbed.
 
-    python benchmarks/faults.py dac --kills 50     # SIGKILL at random moments: in every stage, evaluating, saving
-    python benchmarks/faults.py dac --soak 60      # an hour with an evaluation every few seconds: memory, files, processes
+    python benchmarks/faults.py dac --kills 50
 
-The runs that are killed are small, the one that is watched has --quick's sizes; bundled sample, one thread of a CPU. Where
-all that they leave is not the same to the bit, wall-clock times excepted, or something grows, the exit status is 1. Linux only.
+SIGKILL comes at random moments: in every stage, while evaluating, while saving. A run that has no
+checkpoint yet starts anew, the others go on with --resume. Where all that they leave is not the
+same to the bit, wall-clock times excepted, the exit status is 1. The runs are small and use the
+bundled sample and one thread of a CPU. Linux only.
 """
 
 import csv
 import faulthandler
-import gc
 import importlib
 import json
 import multiprocessing
@@ -25,29 +25,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import gymnasium as gym
-import numpy as np
+import root  # noqa: F401
 import torch
-import torch._dynamo  # every run imports it; here, so that a forked one need not
+import torch._dynamo
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-FORK = multiprocessing.get_context("fork")  # a run then starts within a fraction of a second, and most kills hit training
-FLAGS = "--env hopper-medium --data bundled --device cpu --eval-episodes 2 --batch-size 32 --log-every 7 --checkpoint-every 13"
+# A forked run starts within a fraction of a second, and most kills hit the training.
+FORK = multiprocessing.get_context("fork")
+FLAGS = (
+    "--env hopper-medium --data bundled --device cpu --eval-episodes 2 --final-episodes 2"
+    " --batch-size 32 --log-every 7"
+)
 STAGES = {  # n: updates of each stage
     "dac": "--num-critics 2 --num-next-actions 2 --hidden-dim 16 --total-steps {n}",
-    "qdq": "--num-samples 4 --hidden-dim 32 --teacher-steps {n} --student-steps {n} --total-steps {n}",
-    "cped": "--flow-hidden-dim 16 --hidden-dim 16 --critic-start 20 --actor-q-start 30 --flow-steps {n} --total-steps {n} "
-    "--flow-training joint --joint-steps 60 --constraint dual",
+    "qdq": (
+        "--num-samples 4 --hidden-dim 32 --teacher-steps {n} --student-steps {n} --total-steps {n}"
+    ),
+    "cped": (
+        "--flow-hidden-dim 16 --hidden-dim 16 --critic-start 20 --actor-q-start 30"
+        " --flow-steps {n} --total-steps {n} --flow-training joint --joint-steps 60"
+        " --constraint dual"
+    ),
 }
-SOAK = {  # beside --quick: a short way to the policy, an evaluation, a row and a checkpoint every few seconds of an idle core
-    "dac": "--eval-every 20 --log-every 20 --checkpoint-every 20",
-    "qdq": "--eval-every 20 --log-every 20 --checkpoint-every 20 --teacher-steps 40 --student-steps 40",
-    "cped": "--eval-every 50 --log-every 50 --checkpoint-every 50 --flow-steps 50",
-}
-MOST = {"memory in MB": 5, "open files": 0, "children": 0, "threads": 0, "environments": 0}  # that may grow in half a soak
-ENVIRONMENTS = FORK.Value("i", 0)  # alive in the run at its latest SIGUSR2
-PLACES = {"save_checkpoint": "saving", "evaluate": "evaluating", "update": "updating"}  # functions that tell where a run is
+# functions that tell where a run is
+PLACES = {"save": "saving", "evaluate": "evaluating", "update": "updating"}
+TIMES = {"seconds", "time/updates_per_s"}  # what may differ
 
 
 @dataclass
@@ -55,65 +57,78 @@ class Args:
     script: Annotated[Literal["dac", "qdq", "cped"], tyro.conf.Positional]  # whose runs
     kills: int = 50  # SIGKILLs, spread over as many runs as it takes
     steps: int = 1_000  # updates of each stage of a run
+    checkpoint_minutes: float = 0.003  # minutes between checkpoints of a run
     seed: int = 0  # of the random moments
-    soak: float | None = None  # minutes of one undisturbed run that is watched instead
 
 
-def main(args: Args) -> None:
-    torch.set_num_threads(1)
-    importlib.import_module(args.script).load_dataset("hopper-medium", "bundled")  # imports, again
-    folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    failures = soak(args, folder) if args.soak else kill(args, folder)
-    if failures:
-        sys.exit(f"{args.script} FAILED: {'; '.join(failures[:5])} (the runs are in {folder})")
-    shutil.rmtree(folder)
-    print(f"{args.script} passed")
+def run_flags(args: Args) -> str:
+    stages = STAGES[args.script].format(n=args.steps)
+    every = max(1, args.steps // 10)
+    return f"{FLAGS} {stages} --eval-every {every} --checkpoint-minutes {args.checkpoint_minutes}"
 
 
 def start(script: str, folder: Path, flags: str) -> multiprocessing.Process:
-    """The script's main in a process that writes to folder/output and, on SIGUSR1, where it is to folder/trace.
+    """The script's main in a process of its own, with the folder as its working directory.
 
-    On SIGUSR2 it counts its environments.
+    It writes to folder/output and, on SIGUSR1, where it is to folder/trace.
     """
-
-    def count(*_) -> None:
-        ENVIRONMENTS.value = sum(issubclass(type(thing), gym.Env) for thing in gc.get_objects())
 
     def child() -> None:
         faulthandler.register(signal.SIGUSR1, trace)
-        signal.signal(signal.SIGUSR2, count)
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-        sys.modules[script].main(f"{FLAGS} --run-dir {folder} {flags}".split())
+        os.chdir(folder)
+        sys.modules[script].main(flags.split())
 
     folder.mkdir(exist_ok=True)
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # for a child that has not come to register it
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for a child that has not come to register it
     with (folder / "trace").open("w") as trace, (folder / "output").open("a") as output:
         process = FORK.Process(target=child)
         process.start()
     return process
 
 
-def kill(args: Args, folder: Path) -> list[str]:
-    """Kills and resumes runs until all kills are used up; returns what they differ in from an undisturbed run."""
-    flags, begun = f"{STAGES[args.script].format(n=args.steps)} --eval-every {args.steps // 10}", time.monotonic()
+def resume_flags(folder: Path) -> str | None:
+    """How the run below a folder goes on; None where it has no checkpoint."""
+    for path in folder.glob("runs/hopper-medium/*/*/checkpoint.pt"):
+        return f"--resume {path.parent.relative_to(folder)}"
+    return None
+
+
+def kill_and_compare(args: Args, folder: Path) -> list[str]:
+    """Kills and resumes runs until all kills are used up.
+
+    Returns in what they differ from an undisturbed run.
+    """
+    flags = run_flags(args)
+    begun = time.monotonic()
     start(args.script, folder / "whole", flags).join()
-    length, moments, kills, runs, failures = time.monotonic() - begun, random.Random(args.seed), 0, 0, []
+    length = time.monotonic() - begun
+    whole = contents(folder / "whole")
+    moments = random.Random(args.seed)
+    kills = 0
+    runs = 0
+    failures = []
     while kills < args.kills and not failures:
-        runs, process, part = runs + 1, None, folder / f"run{runs + 1}"
-        while process is None or process.exitcode:
-            if not (resume := any(part.glob("hopper-medium/*/*/checkpoint.pt"))):  # there is nothing yet to go on with
+        runs += 1
+        part = folder / f"run{runs}"
+        process = None
+        while process is None or process.exitcode != 0:
+            resume = resume_flags(part)
+            if resume is None:
                 shutil.rmtree(part, ignore_errors=True)
-            process = start(args.script, part, flags + " --resume" * resume)
-            process.join(moments.uniform(0, 0.3 * length) if kills < args.kills else None)
+            process = start(args.script, part, resume or flags)
+            patience = moments.uniform(0, 0.3 * length) if kills < args.kills else None
+            process.join(patience)
             if process.is_alive():
                 kills += 1
                 print(f"kill {kills} of run {runs}: {end(process, part)}", flush=True)
-            elif process.exitcode:
-                return [f"run {runs} ended with {process.exitcode}: {(part / 'output').read_text()[-500:]}"]
-        failures = list(differences(contents(folder / "whole"), contents(part)))
-    print(f"{args.script}: {kills} kills of {runs} runs of {length:.0f} s, {len(failures)} differences", flush=True)
+            elif process.exitcode != 0:
+                text = (part / "output").read_text()[-500:]
+                return [f"run {runs} ended with {process.exitcode}: {text}"]
+        failures = list(differences(whole, contents(part)))
+    summary = f"{kills} kills of {runs} runs of {length:.0f} s, {len(failures)} differences"
+    print(f"{args.script}: {summary}", flush=True)
     return failures
 
 
@@ -123,67 +138,66 @@ def end(process: multiprocessing.Process, folder: Path) -> str:
     time.sleep(0.01)
     process.kill()
     process.join()
-    functions = [line.split()[-1] for line in (folder / "trace").read_text().splitlines() if "File" in line]
+    lines = (folder / "trace").read_text().splitlines()
+    functions = [line.split()[-1] for line in lines if "File" in line]
     place = next((PLACES[name] for name in functions if name in PLACES), "in between")
-    for path in folder.glob("hopper-medium/*/*/checkpoint.pt"):
-        agent, part = torch.load(path, weights_only=True)["agent"], path.with_suffix(".part").exists()
-        place += f", checkpoint of update {agent.get('step', agent.get('steps'))}" + " beside half a new one" * part
+    checkpoints = list(folder.glob("runs/hopper-medium/*/*/checkpoint.pt"))
+    if not checkpoints:
+        return f"{place}, no checkpoint yet"
+    step = torch.load(checkpoints[0], weights_only=True)["agent"]["step"]
+    place += f", checkpoint of update {step}"
+    if checkpoints[0].with_suffix(".part").exists():
+        place += " beside half a new one"
     return place
 
 
 def contents(folder: Path) -> dict:
-    """All that the finished run in a root folder left; TensorBoard's events hold the same numbers as metrics.csv."""
-    (run,) = folder.glob("hopper-medium/*/*")
+    """All that the run below a folder left.
+
+    TensorBoard's events hold the same numbers as metrics.csv and are left out.
+    """
+    (run,) = folder.glob("runs/hopper-medium/*/*")
     found = {path.name: json.loads(path.read_text()) for path in run.glob("*.json")}
-    found |= {path.name: torch.load(path, weights_only=True) for path in run.glob("*.pt")}
-    return found | {"metrics.csv": list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))}
+    for path in run.glob("*.pt"):
+        found[path.name] = torch.load(path, weights_only=True)
+    with (run / "metrics.csv").open(newline="") as file:
+        found["metrics.csv"] = list(csv.DictReader(file))
+    return found
 
 
 def differences(a, b, name: str = "") -> Iterator[str]:
     """Names of the entries in which two nested structures differ, to the bit."""
     if isinstance(a, dict) and isinstance(b, dict):
-        yield from (f"{name}/{key} is in one only" for key in a.keys() ^ b.keys())
-        for key in (a.keys() & b.keys()) - {"seconds", "time/updates_per_s", "run_dir"}:  # wall-clock times
+        for key in a.keys() ^ b.keys():
+            yield f"{name}/{key} is in one only"
+        for key in (a.keys() & b.keys()) - TIMES:
             yield from differences(a[key], b[key], f"{name}/{key}")
     elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        for i, pair in enumerate(zip(a, b)):
-            yield from differences(*pair, f"{name}/{i}")
-    elif type(a) is not type(b) or (a.dtype != b.dtype or not torch.equal(a, b) if isinstance(a, torch.Tensor) else a != b):
+        for i, (x, y) in enumerate(zip(a, b)):
+            yield from differences(x, y, f"{name}/{i}")
+    elif not same(a, b):
         yield f"{name} is {a!s:.40} and {b!s:.40}"
 
 
-def soak(args: Args, folder: Path) -> list[str]:
-    """Watches one run, 240 times if it is an hour; prints what it sees as CSV and returns what grew."""
-    process = start(args.script, folder / "soak", f"--quick --batch-size 256 --total-steps 1000000000 {SOAK[args.script]}")
-    own, samples, begun = Path(f"/proc/{process.pid}"), [], time.monotonic()
-    print("minutes", *MOST, sep=",")
-    while (minutes := (time.monotonic() - begun) / 60) < args.soak and process.is_alive():
-        os.kill(process.pid, signal.SIGUSR2)
-        memory = int((own / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-        children = len((own / f"task/{process.pid}/children").read_text().split())
-        files, threads = len(os.listdir(own / "fd")), len(os.listdir(own / "task"))
-        samples.append((memory, files, children, threads, ENVIRONMENTS.value))
-        print(f"{minutes:.2f},{memory:.1f},{files},{children},{threads},{ENVIRONMENTS.value}", flush=True)
-        process.join(max(args.soak / 4, 5))  # seconds, for counting takes its time
-    process.terminate()
-    process.join()
-    if "go on with" not in (output := (folder / "soak" / "output").read_text()):
-        return [f"the run ended with {process.exitcode}, without a way to go on: {output[-500:]}"]
-    rows = contents(folder / "soak")["metrics.csv"]
-    evaluations = sum(bool(row["eval/return"]) for row in rows)
-    print(f"{args.script}: {rows[-1]['step']} updates, {evaluations} evaluations; grew by {growth(samples)}", flush=True)
-    return [f"{kind} grew by {more:.1f}" for kind, more in growth(samples).items() if more > MOST[kind]]
+def same(a, b) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return a == b
 
 
-def growth(samples: list[tuple[float, ...]]) -> dict[str, float]:
-    """Of each column from begin to end of the second half: by a straight line for memory, between the quarters' least for counts.
-
-    The least, because files and environments come and go with each evaluation.
-    """
-    half = np.array(samples[len(samples) // 2 :])
-    slope, _ = np.polyfit(np.linspace(0, 1, len(half)), half[:, 0], 1)
-    third, fourth = (quarter.min(0) for quarter in np.array_split(half[:, 1:], 2))
-    return dict(zip(MOST, (round(float(slope), 2), *(fourth - third).tolist())))
+def main(args: Args) -> None:
+    torch.set_num_threads(1)
+    script = importlib.import_module(args.script)
+    script.load_dataset("hopper-medium", "bundled", need_env=True)  # imports what a run imports
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    failures = kill_and_compare(args, folder)
+    if failures:
+        words = "; ".join(failures[:5])
+        sys.exit(f"error: {args.script} failed: {words} (the runs are in {folder})")
+    shutil.rmtree(folder)
+    print(f"{args.script} passed")
 
 
 if __name__ == "__main__":

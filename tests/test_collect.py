@@ -1,9 +1,10 @@
-"""benchmarks/collect.py: layout, flags, order, resume and Minari output of a tiny collection; the bundled files."""
+"""benchmarks/collect.py: layout, flags, order, resume and Minari output of a tiny collection; the
+bundled files."""
 
 import hashlib
-import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import h5py
@@ -15,20 +16,30 @@ import common
 pytest.importorskip("stable_baselines3", reason="needs benchmarks/requirements.txt")
 
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("collect", ROOT / "benchmarks" / "collect.py")
-collect = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(collect)
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import collect  # noqa: E402
 
-BUNDLED = {"hopper-medium": (994, 1988), "hopper-medium-replay": (327, 654)}  # 0.7 to 1.4 times D4RL's mean return
+sys.path.remove(str(ROOT / "benchmarks"))
+
+# 0.7 to 1.4 times D4RL's mean return
+BUNDLED = {"hopper-medium": (994, 1988), "hopper-medium-replay": (327, 654)}
 
 
 def tiny_args(tmp_path: Path, **changes) -> "collect.Args":
     values = {
-        "quality": ("medium-replay", "medium"), "rows": 300, "out": tmp_path / "out", "work_dir": tmp_path / "work",
-        "medium_return": 0.0, "eval_episodes": 2, "snapshot_every": 200, "total_steps": 600, "hidden": (16,),
-        "batch_size": 16, "learning_starts": 50,
-    }  # fmt: skip
-    return collect.Args(**(values | changes))
+        "quality": ("medium-replay", "medium"),
+        "rows": 300,
+        "out": tmp_path / "out",
+        "work_dir": tmp_path / "work",
+        "medium_return": 0.0,
+        "eval_episodes": 2,
+        "snapshot_every": 200,
+        "total_steps": 600,
+        "hidden": (16,),
+        "batch_size": 16,
+        "learning_starts": 50,
+    }
+    return collect.Args(**{**values, **changes})
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -54,8 +65,10 @@ def check_layout(rows: dict[str, np.ndarray], obs_dim: int, act_dim: int) -> Non
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("collect")
-    # a threshold that no snapshot reaches makes the run train for all of total_steps; 0 then picks its first snapshot
-    with pytest.raises(SystemExit, match="no snapshot within --total-steps 600 reached --medium-return 1e\\+06"):
+    # a threshold that no snapshot reaches makes the run train for all of total_steps; 0 then picks
+    # its first snapshot
+    message = "no snapshot within --total-steps 600 reached --medium-return 1e\\+06"
+    with pytest.raises(SystemExit, match=message):
         collect.main(tiny_args(folder, medium_return=1e6))
     collect.main(tiny_args(folder))
     return folder
@@ -73,7 +86,11 @@ def test_layout_and_attributes(tiny):
         assert attributes["terminals"] + attributes["timeouts"] == len(returns)
         assert attributes["mean_return"] == pytest.approx(returns.mean(), rel=1e-5)
         recipe = json.loads(attributes["recipe"])
-        assert recipe["quality"] == quality and recipe["env_id"] == "Hopper-v4" and recipe["hidden"] == [16]
+        assert (
+            recipe["quality"] == quality
+            and recipe["env_id"] == "Hopper-v4"
+            and recipe["hidden"] == [16]
+        )
         assert recipe["version_mujoco"] and recipe["version_stable-baselines3"]
     assert len(read(tiny / "out" / "hopper-medium.hdf5")["rewards"]) >= 300
     assert not list((tiny / "out").glob(".*"))
@@ -82,16 +99,39 @@ def test_layout_and_attributes(tiny):
 def test_replay_is_the_training_run_in_order(tiny):
     work = tiny / "work" / "hopper" / "seed0"
     medium = collect.find_medium(work, tiny_args(tiny))
-    replay = collect.load_replay([folder for folder in collect.snapshots(work, 600) if folder <= medium])
+    folders = [folder for folder in collect.snapshots(work, 600) if folder <= medium]
+    replay = collect.load_replay(folders)
     rows = read(tiny / "out" / "hopper-medium-replay.hdf5")
     assert len(rows["rewards"]) == int(medium.name) == len(replay["rewards"])
     inside = ~(rows["terminals"] | rows["timeouts"])[:-1]
     next_obs = replay["next_observations"].astype("f4")
     np.testing.assert_array_equal(rows["observations"][1:][inside], next_obs[:-1][inside])
-    np.testing.assert_array_equal(rows["terminals"], replay["dones"] > 0)  # untrained Hopper falls, it never times out
+    # untrained Hopper falls, it never times out
+    np.testing.assert_array_equal(rows["terminals"], replay["dones"] > 0)
     # an episode starts upright: qpos[1] = 1.25 up to the reset noise of 0.005
     starts = rows["observations"][:-1][np.append(True, ~inside[:-1])]
     np.testing.assert_allclose(starts[:, 0], 1.25, atol=0.0051)
+
+
+def test_full_replay_is_the_whole_training_run(tiny, capsys):
+    collect.main(tiny_args(tiny, quality=("full-replay",), medium_return=1e6))  # none is medium
+    collect.main(tiny_args(tiny, quality=("full-replay",), medium_return=0.0))  # does not matter
+    assert capsys.readouterr().out.count("made before, left alone") == 1
+    rows = read(tiny / "out" / "hopper-full-replay.hdf5")
+    check_layout(rows, 11, 3)
+    scores = collect.snapshots(tiny / "work" / "hopper" / "seed0", 600)
+    last = list(scores)[-1]
+    assert len(scores) == 3 and len(rows["rewards"]) == int(last.name) >= 600
+    medium = read(tiny / "out" / "hopper-medium-replay.hdf5")  # its beginning
+    for key, values in medium.items():
+        np.testing.assert_array_equal(rows[key][: len(values)], values)
+    with h5py.File(tiny / "out" / "hopper-full-replay.hdf5") as file:
+        recipe = json.loads(file.attrs["recipe"])
+        assert file.attrs["policy_steps"].tolist() == [int(last.name)]
+        assert file.attrs["policy_eval_returns"].tolist() == [scores[last]]
+    assert (recipe["quality"], recipe["total_steps"]) == ("full-replay", 600)
+    with pytest.raises(SystemExit, match="made with other settings"):
+        collect.main(tiny_args(tiny, quality=("full-replay",), total_steps=400))
 
 
 def test_resumed_training_equals_unbroken_training(tiny, tmp_path):
@@ -101,7 +141,8 @@ def test_resumed_training_equals_unbroken_training(tiny, tmp_path):
     unbroken = collect.snapshots(tiny / "work" / "hopper" / "seed0", 600)
     resumed = collect.snapshots(tmp_path / "work" / "hopper" / "seed0", 600)
     assert len(unbroken) == 3
-    assert [(f.name, score) for f, score in unbroken.items()] == [(f.name, score) for f, score in resumed.items()]
+    names = [(folder.name, score) for folder, score in unbroken.items()]
+    assert names == [(folder.name, score) for folder, score in resumed.items()]
     a, b = collect.load_replay(list(unbroken)), collect.load_replay(list(resumed))
     for key in a:
         np.testing.assert_array_equal(a[key], b[key])
@@ -126,9 +167,17 @@ def test_timeouts_minari_and_medium_expert(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     # HalfCheetah never terminates, so every episode of 1000 steps ends in a timeout
     args = tiny_args(
-        tmp_path, env="halfcheetah", quality=("medium-expert",), rows=2000, medium_return=-1e6, eval_episodes=1,
-        snapshot_every=1000, total_steps=1000, steps_per_update=100, minari_id="local/halfcheetah/medium-expert-v0",
-    )  # fmt: skip
+        tmp_path,
+        env="halfcheetah",
+        quality=("medium-expert",),
+        rows=2000,
+        medium_return=-1e6,
+        eval_episodes=1,
+        snapshot_every=1000,
+        total_steps=1000,
+        steps_per_update=100,
+        minari_id="local/halfcheetah/medium-expert-v0",
+    )
     collect.main(args)
     rows = read(tmp_path / "out" / "halfcheetah-medium-expert.hdf5")
     check_layout(rows, 17, 6)
@@ -144,11 +193,15 @@ def test_timeouts_minari_and_medium_expert(tmp_path, monkeypatch):
     for i, episode in enumerate(dataset.iterate_episodes()):
         part = slice(1000 * i, 1000 * i + 1000)
         assert len(episode.observations) == 1001
-        np.testing.assert_array_equal(episode.observations[:-1].astype("f4"), rows["observations"][part])
+        np.testing.assert_array_equal(
+            episode.observations[:-1].astype("f4"), rows["observations"][part]
+        )
         np.testing.assert_array_equal(episode.actions, rows["actions"][part])
-        assert episode.truncations[-1] and not episode.terminations.any() and episode.truncations.sum() == 1
-        # the last observation must be what the simulator says follows the last action: put it into the last state.
-        # The x position is not observed and does not matter; the solver's warm start does, in the last digits
+        assert episode.truncations[-1] and episode.truncations.sum() == 1
+        assert not episode.terminations.any()
+        # the last observation must be what the simulator says follows the last action: put it into
+        # the last state. The x position is not observed and does not matter; the solver's warm
+        # start does, in the last digits
         env = eval_env.unwrapped
         env.reset()
         env.set_state(np.append(0.0, episode.observations[-2][:8]), episode.observations[-2][8:])
@@ -182,18 +235,21 @@ def test_bundled_file(name):
     assert low <= collect.episode_returns(rows).mean() <= high
     assert rows["actions"].std(axis=0).min() > 0.1
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert re.search(rf"{name}\.hdf5.*{digest}", (ROOT / "benchmarks" / "data" / "README.md").read_text())
+    readme = (ROOT / "benchmarks" / "data" / "README.md").read_text()
+    assert re.search(rf"{name}\.hdf5.*{digest}", readme)
 
 
 def test_bundled_files_fit_the_budget():
-    assert sum(path.stat().st_size for path in (ROOT / "benchmarks" / "data").glob("*.hdf5")) <= 16_000_000
+    sizes = [path.stat().st_size for path in (ROOT / "benchmarks" / "data").glob("*.hdf5")]
+    assert sum(sizes) <= 16_000_000
 
 
-# --------------------------------------------------------------------------------------------------------------- mazes
+# ------------------------------------------------------------------------------------- mazes
 
 
 def test_the_way_through_a_maze_is_a_shortest_one():
-    free = {(1, 1), (1, 2), (1, 3), (2, 3), (3, 3), (3, 2), (3, 1), (2, 1)}  # a ring of eight cells
+    # a ring of eight cells
+    free = {(1, 1), (1, 2), (1, 3), (2, 3), (3, 3), (3, 2), (3, 1), (2, 1)}
     assert collect.way(free, (1, 1), (3, 1)) == [(1, 1), (2, 1), (3, 1)]
     assert len(collect.way(free, (1, 2), (3, 2))) == 5
     assert collect.way(free, (2, 3), (2, 3)) == [(2, 3)]
@@ -206,7 +262,9 @@ def test_a_maze_is_collected_loaded_and_evaluated(tmp_path, monkeypatch):
     args = collect.Args(env="pointmaze-umaze", rows=2000, minari_id="local/maze-v0")
     collect.main(args)
     arrays, info = common.load_dataset("local/maze-v0")
-    assert arrays["obs"].shape == (info["rows"], 8) and info["dropped"] == 0 and info["rows"] >= 2000
+    assert (
+        arrays["obs"].shape == (info["rows"], 8) and info["dropped"] == 0 and info["rows"] >= 2000
+    )
     assert (info["ref_min"], info["ref_max"]) == (0, 1)
     achieved, goal, position = arrays["obs"][:, :2], arrays["obs"][:, 2:4], arrays["obs"][:, 4:6]
     np.testing.assert_array_equal(achieved, position)
@@ -214,7 +272,8 @@ def test_a_maze_is_collected_loaded_and_evaluated(tmp_path, monkeypatch):
     np.testing.assert_array_equal(arrays["rew"], reached)  # sparse, and the goal ends the episode
     np.testing.assert_array_equal(arrays["not_done"] == 0, reached)
     starts = arrays["obs"][np.r_[0, np.flatnonzero(arrays["ends"])[:-1] + 1], :2]
-    assert len(np.unique(starts.round(), axis=0)) > 3  # data begin everywhere, evaluation in the farthest cell
+    # data begin everywhere, evaluation in the farthest cell
+    assert len(np.unique(starts.round(), axis=0)) > 3
     seen = []
 
     def act(obs: np.ndarray) -> np.ndarray:
@@ -223,12 +282,14 @@ def test_a_maze_is_collected_loaded_and_evaluated(tmp_path, monkeypatch):
 
     result = common.evaluate(act, info, 5, seed=0)
     assert (result["normalized_score"] == 0).all() and (result["episode_length"] == 150).all()
-    np.testing.assert_allclose(seen[0][:, :2], np.tile([-1, 1], (5, 1)), atol=0.26)  # cell (1, 1) with its noise
-    np.testing.assert_allclose(seen[0][:, 2:4], np.tile([-1, -1], (5, 1)), atol=0.26)  # cell (3, 1)
+    # cells (1, 1) and (3, 1) with their noise
+    np.testing.assert_allclose(seen[0][:, :2], np.tile([-1, 1], (5, 1)), atol=0.26)
+    np.testing.assert_allclose(seen[0][:, 2:4], np.tile([-1, -1], (5, 1)), atol=0.26)
     with pytest.raises(SystemExit, match="local/maze-v0 exists"):
         collect.main(args)
 
 
 def test_a_maze_needs_a_name_for_its_dataset():
-    with pytest.raises(SystemExit, match=r"--env pointmaze-umaze needs --minari-id, e\.g\. local/pointmaze/umaze-v0"):
+    message = r"--env pointmaze-umaze needs --minari-id, e\.g\. local/pointmaze/umaze-v0"
+    with pytest.raises(SystemExit, match=message):
         collect.main(collect.Args(env="pointmaze-umaze"))
