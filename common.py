@@ -873,7 +873,8 @@ def record_video(act: Callable, info: dict, path: Path, seed: int) -> float:
             obs, _ = env.reset(seed=seed)
             render(env)  # before the first step, and before there is a file
             part.touch()
-            with imageio.get_writer(part, fps=env.metadata.get("render_fps", 30)) as film:
+            fps = env.metadata.get("render_fps", 30)
+            with imageio.get_writer(part, fps=fps, ffmpeg_log_level="quiet") as film:
                 while not over:
                     action = act(obs[None].astype(np.float32))[0]
                     obs, reward, terminated, truncated, _ = env.step(action)
@@ -887,8 +888,8 @@ def record_video(act: Callable, info: dict, path: Path, seed: int) -> float:
             raise OSError(f"{written} of {frames} frames were written")
         part.replace(path)
     except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
-        raise UserError(f"cannot write {path} ({reason}): is the disk full?") from None
+        reason = error.strerror or "ffmpeg wrote a part of it, is the disk full?"
+        raise UserError(f"cannot write {path}: {reason}") from None
     finally:
         part.unlink(missing_ok=True)
     return total
@@ -940,14 +941,14 @@ def print_returns(rew: np.ndarray, ends: np.ndarray) -> None:
     returns = np.add.reduceat(rew.astype(np.float64), starts)
     low, quarter, median, three_quarters, high = np.percentile(returns, [0, 25, 50, 75, 100])
     print(
-        f"returns     of {len(returns):,} trajectories, without the dropped rows: min {low:.1f},"
-        f" quartiles {quarter:.1f} {median:.1f} {three_quarters:.1f},"
-        f" mean {returns.mean():.1f}, max {high:.1f}"
+        f"returns     of {len(returns):,} trajectories, without the dropped rows: min {low:.2f},"
+        f" quartiles {quarter:.2f} {median:.2f} {three_quarters:.2f},"
+        f" mean {returns.mean():.2f}, max {high:.2f}"
     )
     counts, edges = np.histogram(returns, bins=10)
     for count, left, right in zip(counts, edges[:-1], edges[1:]):
         bar = "#" * round(50 * count / counts.max())
-        print(f"            {left:10.1f} to {right:10.1f} {count:7,} {bar}")
+        print(f"            {left:10.2f} to {right:10.2f} {count:7,} {bar}".rstrip())
 
 
 if __name__ == "__main__":

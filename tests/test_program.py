@@ -477,8 +477,8 @@ def test_without_a_renderer(films, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_a_full_disk(films, tmp_path):
-    """An earlier film stays, and nothing half-written."""
+def test_a_full_disk(films, tmp_path, capfd):
+    """An earlier film stays, and nothing half-written; ffmpeg adds no lines to the sentence."""
     for ending in common.VIDEO_ENDINGS:
         path = tmp_path / f"a{ending}"
         path.write_text("earlier")
@@ -487,6 +487,7 @@ def test_a_full_disk(films, tmp_path):
             common.record_video(highest, {"env": "Filmed-v0"}, path, seed=2)
         assert path.read_text() == "earlier"
     assert len(list(tmp_path.iterdir())) == len(common.VIDEO_ENDINGS)
+    assert capfd.readouterr().err == ""
 
 
 def test_the_program_films_hopper_and_does_nothing_else(trained, tmp_path, monkeypatch, capsys):
@@ -519,17 +520,17 @@ def test_the_description_of_a_dataset(tmp_path, capsys):
     assert "file/a.hdf5" in out and "10 episodes" in out
     assert "observation 11 numbers, -2 to 3 in the data" in out
     assert "action      3 numbers, bounded by -1 and 1" in out
-    expected = "min 0.0, quartiles 5.2 20.5 45.8, mean 28.5, max 81.0"  # of 0, 1, 4, ..., 81
+    expected = "min 0.00, quartiles 5.25 20.50 45.75, mean 28.50, max 81.00"  # of 0, 1, 4, ..., 81
     assert f"returns     of 10 trajectories, without the dropped rows: {expected}" in out
     bins = [line.split() for line in out.splitlines()[-10:]]
     assert [int(words[3]) for words in bins] == [3, 2, 0, 1, 1, 0, 1, 1, 0, 1]
-    assert bins[0][:3] == ["0.0", "to", "8.1"] and bins[-1][2] == "81.0"
+    assert bins[0][:3] == ["0.00", "to", "8.10"] and bins[-1][2] == "81.00"
     assert len(bins[0][4]) == 50 and len(bins[1][4]) == 33 and len(bins[2]) == 4
 
 
 def test_one_return_alone_has_a_histogram(capsys):
     common.print_returns(np.ones(5, np.float32), np.array([0, 0, 0, 0, 1], bool))
-    assert "min 5.0" in capsys.readouterr().out
+    assert "min 5.00" in capsys.readouterr().out
 
 
 def test_action_bounds_of_each_dimension():
