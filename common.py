@@ -832,10 +832,16 @@ def mujoco_notes(env: gym.Env, trained: dict, info: dict) -> list[str]:
     # Of two margins the larger counts before 3.5, their sum from 3.5 on.
     then_d4rl = then < (3, 5) or bool(trained.get("d4rl_contacts"))
     now_d4rl = now < (3, 5) or bool(info.get("d4rl_contacts"))
-    if model.geom_margin.any() and then_d4rl != now_d4rl:
+    has_margins = model.geom_margin.any()
+    if has_margins and then_d4rl and not now_d4rl:
         notes.append(
-            "MuJoCo 3.5 changed the contacts of this robot, and only one of training and"
-            " evaluation has D4RL's: their returns are not comparable"
+            "MuJoCo 3.5 changed the contacts of this robot, so these returns are not comparable"
+            " with the training's; --env with the name of a D4RL task restores the old contacts"
+        )
+    if has_margins and now_d4rl and not then_d4rl:
+        notes.append(
+            "MuJoCo 3.5 changed the contacts of this robot; the training had the new ones, so"
+            " these returns are not comparable with the training's"
         )
     if (then >= (4, 0)) != (now >= (4, 0)):
         notes.append(

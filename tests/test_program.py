@@ -476,6 +476,15 @@ def test_without_a_renderer(films, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_frames_that_ffmpeg_lost_are_missed(films, tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    common.record_video(highest, {"env": "Filmed-v0"}, path, seed=1)  # 3 frames
+    short = imageio.get_reader(path)
+    monkeypatch.setattr(imageio, "get_reader", lambda _: short)
+    with pytest.raises(UserError, match="ffmpeg wrote a part of it"):
+        common.record_video(highest, {"env": "Filmed-v0"}, path, seed=2)  # 4 frames
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_disk(films, tmp_path, capfd):
     """An earlier film stays, and nothing half-written; ffmpeg adds no lines to the sentence."""
