@@ -646,6 +646,8 @@ def main(argv: list[str] | None = None) -> dict[str, np.ndarray] | None:
     if options.video is not None:
         total = record_video(policy, info, options.video, seed)
         print(f"film        {options.video}: {policy.calls} steps, return {total:.2f}, seed {seed}")
+        if options.episodes is not None:
+            print("            one episode alone: --episodes has no effect beside --video")
         return None
 
     limit = env.spec.max_episode_steps
@@ -669,8 +671,6 @@ def check_options(options: Options) -> None:
                 raise UserError(f"--{name} needs a checkpoint")
     elif options.data is not None:
         raise UserError("--data names a dataset to describe; a checkpoint needs none")
-    if options.episodes is not None and options.video is not None:
-        raise UserError("--video films one episode and does nothing else: leave out --episodes")
     if options.episodes is not None and options.episodes < 1:
         raise UserError(f"--episodes {options.episodes}: must be at least 1")
     if options.seed is not None and not 0 <= options.seed < 2**31:
