@@ -10,6 +10,8 @@ import difflib
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
+import inspect
 import io
 import multiprocessing
 import os
@@ -22,7 +24,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Literal
 from xml.etree import ElementTree
 
 import gymnasium as gym
@@ -31,6 +36,7 @@ import numpy as np
 import pooch
 import requests
 import torch
+import tyro
 import urllib3
 from gymnasium.envs.mujoco import ant_v5
 from tqdm import tqdm
@@ -561,20 +567,401 @@ def follow_parent(precision: str) -> None:
     torch.set_float32_matmul_precision(precision)
 
 
+# ------------------------------------------------------------------ program
+
+VERSIONS = ("python", "torch", "numpy", "gymnasium", "mujoco", "minari")
+VIDEO_ENDINGS = (".mp4", ".mkv", ".mov", ".avi")
+CHECKPOINT_FORM = {
+    "algorithm": str,
+    "args": dict,
+    "info": dict,
+    "obs_dim": int,
+    "act_dim": int,
+    "agent": dict,
+}
+
+
+@dataclass
+class Options:
+    """Evaluates the policy of a run, or describes a dataset.
+
+        python common.py runs/hopper-medium/dac/seed0-20260101-120000
+        python common.py runs/hopper-medium/dac/seed0-20260101-120000 --video hopper.mp4
+        python common.py --env hopper-medium
+
+    The first command repeats the evaluation at the end of the training.
+    """
+
+    # checkpoint.pt of a run, or the folder of the run
+    checkpoint: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
+    # with a run: a task or Gymnasium id to evaluate in instead; without: the dataset to describe
+    env: str | None = None
+    # where the dataset comes from, as in the scripts; None means auto
+    data: str | None = None
+    # episodes to play; None means as many as the training played at its end
+    episodes: int | None = None
+    # seed of the first episode; None means the episodes that the training played at its end
+    seed: int | None = None
+    # file (.mp4, .mkv, .mov, .avi) to film one episode into; nothing else is done
+    video: Path | None = None
+    # script of the algorithm; None means the one beside common.py
+    script: Path | None = None
+    # CUDA if available
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def main(argv: list[str] | None = None) -> dict[str, np.ndarray] | None:
+    options = tyro.cli(Options, args=argv, description=inspect.getdoc(Options))
+    check_options(options)
+    if options.checkpoint is None:
+        describe_dataset(options.env, options.data or "auto")
+        return None
+
+    # agent
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = read_checkpoint(options.checkpoint)
+    script = import_script(checkpoint["algorithm"], options.script)
+    args = stored_args(checkpoint, script)
+    agent = build_agent(checkpoint, script, args, device)
+    seed = script.FINAL_SEED if options.seed is None else options.seed
+    episodes = options.episodes or args.final_episodes
+    if not isinstance(episodes, int) or episodes < 1:
+        raise UserError(f"the checkpoint's final_episodes is {episodes!r:.80}: type --episodes")
+
+    # environment
+    trained = checkpoint["info"]
+    info = trained if options.env is None else task_facts(options.env, need_env=True)
+    if info["env"] is None:
+        raise UserError("this run was trained with --no-eval: say by --env where to evaluate it")
+    env = make_env(info)
+    env.close()
+    check_sizes(checkpoint, env)
+
+    policy = FinitePolicy(agent.act)
+    name = checkpoint["algorithm"]
+    step = checkpoint["agent"].get("step")
+    print(f"policy      {name}, update {step}, trained on {trained.get('id')}")
+    if options.video is not None:
+        total = record_video(policy, info, options.video, seed)
+        print(f"film        {options.video}: {policy.calls} steps, return {total:.2f}, seed {seed}")
+        if options.episodes is not None:
+            print("            one episode alone: --episodes has no effect beside --video")
+        return None
+
+    limit = env.spec.max_episode_steps
+    print(f"evaluation  {env.spec.id}, {limit} steps at most; {episodes} episodes, seed {seed}")
+    print_versions(trained)
+    if info["env"] == trained["env"]:
+        for note in mujoco_notes(env, trained, info):
+            print(f"note        {note}")
+    result = evaluate(policy, info, episodes, seed)
+    print_result(result)
+    return result
+
+
+def check_options(options: Options) -> None:
+    """Ends the program where options contradict each other, or cannot be met."""
+    if options.checkpoint is None:
+        if options.env is None:
+            raise UserError("name a checkpoint to evaluate, or by --env a dataset to describe")
+        for name in ("episodes", "seed", "video", "script"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name} needs a checkpoint")
+    elif options.data is not None:
+        raise UserError("--data names a dataset to describe; a checkpoint needs none")
+    if options.episodes is not None and options.episodes < 1:
+        raise UserError(f"--episodes {options.episodes}: must be at least 1")
+    if options.seed is not None and not 0 <= options.seed < 2**31:
+        raise UserError(f"--seed {options.seed}: must be from 0 to {2**31 - 1}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA device here")
+    if options.video is not None:
+        if options.video.suffix.lower() not in VIDEO_ENDINGS:
+            raise UserError(f"--video {options.video}: must end in {', '.join(VIDEO_ENDINGS)}")
+        if not options.video.parent.is_dir():
+            raise UserError(f"--video {options.video}: there is no folder {options.video.parent}")
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Reads a checkpoint without running code in it, and checks that its parts are there."""
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    if not path.exists():
+        raise UserError(f"{path} does not exist: name a checkpoint.pt, or the folder of a run")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise UserError(f"{path} cannot be read: you lack the permission") from None
+    except Exception:  # whatever PyTorch raises on other people's files
+        raise UserError(f"{path} is not a checkpoint, or a damaged one") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} is not a checkpoint of a run")
+    for key, kind in CHECKPOINT_FORM.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise UserError(f"{path} is not a checkpoint of a run: it lacks {key}")
+    info = checkpoint["info"]
+    references = [info.get("ref_min"), info.get("ref_max")]
+    scored = all(isinstance(reference, int | float) for reference in references)
+    if not isinstance(info.get("env"), str | None) or not (scored or references == [None, None]):
+        raise UserError(f"{path}: its info has no usable environment or reference returns")
+    return checkpoint
+
+
+def import_script(name: str, path: Path | None) -> ModuleType:
+    """Imports the script of algorithm `name`: from this folder, or the file that the user named."""
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        raise UserError(f"the checkpoint's algorithm, {name!r:.80}, cannot be the name of a script")
+    if path is None:
+        path = Path(__file__).resolve().parent / f"{name}.py"
+    if not path.is_file():
+        raise UserError(f"the checkpoint was written by {name}.py, but there is no {path}")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not re.search(rf"^ALGORITHM = [\"']{name}[\"']$", text, re.MULTILINE):
+        raise UserError(f"the checkpoint was written by {name}.py, but {path} is another program")
+    spec = importlib.util.spec_from_file_location(f"script_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their annotations
+    spec.loader.exec_module(module)
+    for part in ("Args", "FINAL_SEED", name.upper()):
+        if not hasattr(module, part):
+            raise UserError(f"{path} lacks {part}, which evaluation needs")
+    return module
+
+
+def stored_args(checkpoint: dict, script: ModuleType) -> object:
+    """The script's Args with the values of the checkpoint, not compiled."""
+    stored = checkpoint["args"]
+    known = {field.name for field in fields(script.Args)}
+    unknown = ", ".join(sorted(str(name) for name in stored if name not in known))
+    if unknown:
+        raise UserError(
+            f"the checkpoint is of another version of {script.__file__}: it has arguments that do"
+            f" not exist here ({unknown})"
+        )
+    return script.Args(**{**stored, "compile": False})
+
+
+def build_agent(checkpoint: dict, script: ModuleType, args: object, device: str) -> object:
+    """The agent with the networks that act, as they are in the checkpoint."""
+    agent_class = getattr(script, checkpoint["algorithm"].upper())
+    try:
+        agent = agent_class(checkpoint["obs_dim"], checkpoint["act_dim"], args, device)
+    except Exception as error:  # arguments in somebody's file can be anything
+        raise UserError(
+            f"{script.__file__} cannot use the checkpoint's arguments: {error!r:.200}"
+        ) from None
+    for name in agent_class.POLICY:
+        if name not in checkpoint["agent"]:
+            raise UserError(f"the checkpoint lacks the network {name}")
+        try:
+            getattr(agent, name).load_state_dict(checkpoint["agent"][name])
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"the checkpoint's network {name} does not fit {script.__file__}: {reason:.200}"
+            ) from None
+    return agent
+
+
+def check_sizes(checkpoint: dict, env: gym.Env) -> None:
+    trained = (checkpoint["obs_dim"], checkpoint["act_dim"])
+    there = (env.observation_space.shape[0], env.action_space.shape[0])
+    if trained != there:
+        raise UserError(
+            f"the policy was trained with observations of size {trained[0]} and actions of size"
+            f" {trained[1]}, but {env.spec.id} has {there[0]} and {there[1]}"
+        )
+
+
+class FinitePolicy:
+    """An agent's `act` that ends the program at an action with NaN or infinity."""
+
+    def __init__(self, act: Callable):
+        self.act = act
+        self.calls = 0
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        self.calls += 1
+        actions = self.act(obs)
+        if not np.isfinite(actions).all():
+            raise UserError(f"the policy's action has NaN or infinity at step {self.calls}")
+        return actions
+
+
+def current_version(package: str) -> str:
+    if package == "python":
+        return sys.version.split()[0]
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def trained_version(package: str, info: dict) -> str:
+    versions = info.get("versions")
+    if not isinstance(versions, dict):
+        return "unknown"
+    return str(versions.get(package, "unknown"))
+
+
+def print_versions(trained: dict) -> None:
+    """The versions of now beside those of the training."""
+    print(f"versions    {'':12}{'now':16}training")
+    for package in VERSIONS:
+        now = current_version(package)
+        then = trained_version(package, trained)
+        mark = "" if now == then else "  (differs)"
+        print(f"            {package:12}{now:16}{then}{mark}")
+
+
+def mujoco_notes(env: gym.Env, trained: dict, info: dict) -> list[str]:
+    """A sentence for each way in which MuJoCo's version makes the environment another one.
+
+    trained: the checkpoint's info; info: that of the evaluation.
+    """
+    model = getattr(env.unwrapped, "model", None)
+    then = re.match(r"(\d+)\.(\d+)", trained_version("mujoco", trained))
+    now = re.match(r"(\d+)\.(\d+)", current_version("mujoco"))
+    if not hasattr(model, "geom_margin") or then is None or now is None:
+        return []
+    then = (int(then[1]), int(then[2]))
+    now = (int(now[1]), int(now[2]))
+    notes = []
+    # Of two margins the larger counts before 3.5, their sum from 3.5 on.
+    then_d4rl = then < (3, 5) or bool(trained.get("d4rl_contacts"))
+    now_d4rl = now < (3, 5) or bool(info.get("d4rl_contacts"))
+    has_margins = model.geom_margin.any()
+    if has_margins and then_d4rl and not now_d4rl:
+        notes.append(
+            "MuJoCo 3.5 changed the contacts of this robot, so these returns are not comparable"
+            " with the training's; --env with the name of a D4RL task restores the old contacts"
+        )
+    if has_margins and now_d4rl and not then_d4rl:
+        notes.append(
+            "MuJoCo 3.5 changed the contacts of this robot; the training had the new ones, so"
+            " these returns are not comparable with the training's"
+        )
+    if (then >= (4, 0)) != (now >= (4, 0)):
+        notes.append(
+            "MuJoCo 4 moves free bodies such as the ant slightly differently than MuJoCo 3:"
+            " returns can differ from those of the training"
+        )
+    return notes
+
+
+def print_result(result: dict[str, np.ndarray]) -> None:
+    heads = ("mean", "std. error", "min", "25 %", "median", "75 %", "max")
+    print(" " * 17 + "".join(f"{head:>11}" for head in heads))
+    for name, values in result.items():
+        error = values.std() / len(values) ** 0.5
+        numbers = [values.mean(), error, *np.percentile(values, [0, 25, 50, 75, 100])]
+        print(f"{name:17}" + "".join(f"{number:11.2f}" for number in numbers))
+
+
 def record_video(act: Callable, info: dict, path: Path, seed: int) -> float:
     """Films the episode that is reset with `seed`; returns its return."""
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # must be set before the first rendering: there is no screen
-    import imageio.v2 as imageio
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    import imageio.v2 as imageio  # here, because few need it
 
-    total, over, env = 0.0, False, make_env(info, render_mode="rgb_array")
-    fault = f"cannot film {path}; without a screen, set MUJOCO_GL to egl or osmesa"  # OpenGL, ffmpeg and the disk fail variously
-    with explained(Exception, fault), env, imageio.get_writer(path, fps=env.metadata["render_fps"]) as film:
-        if (renderer := getattr(env.unwrapped, "mujoco_renderer", None)) and env.unwrapped.model.ncam:
-            renderer.camera_id = 0  # the model's own camera follows the robot, Gymnasium's stays behind
-        obs, _ = env.reset(seed=seed)
-        while not over:
-            obs, reward, terminated, truncated, _ = env.step(act(obs[None].astype(np.float32))[0])
-            film.append_data(env.render())
-            total, over = total + float(reward), terminated or truncated
+    part = path.with_stem(f"{path.stem}.part")
+    total = 0.0
+    frames = 0
+    over = False
+    torch.manual_seed(seed)
+    try:
+        with make_env(info, render_mode="rgb_array") as env:
+            renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+            if renderer is not None and env.unwrapped.model.ncam:
+                renderer.camera_id = 0  # the model's own camera, which follows the robot
+            obs, _ = env.reset(seed=seed)
+            render(env)  # before the first step, and before there is a file
+            part.touch()
+            fps = env.metadata.get("render_fps", 30)
+            with imageio.get_writer(part, fps=fps, ffmpeg_log_level="quiet") as film:
+                while not over:
+                    action = act(obs[None].astype(np.float32))[0]
+                    obs, reward, terminated, truncated, _ = env.step(action)
+                    film.append_data(render(env))
+                    total += float(reward)
+                    frames += 1
+                    over = terminated or truncated
+        with imageio.get_reader(part) as film:  # ffmpeg fails at the end without an error
+            written = film.count_frames()
+        if written != frames:
+            raise OSError(f"{written} of {frames} frames were written")
+        part.replace(path)
+    except OSError as error:
+        reason = error.strerror or "ffmpeg wrote a part of it, is the disk full?"
+        raise UserError(f"cannot write {path}: {reason}") from None
+    finally:
+        part.unlink(missing_ok=True)
     return total
+
+
+def render(env: gym.Env) -> np.ndarray:
+    try:
+        return env.render()
+    except Exception as error:  # of OpenGL, whose bindings raise errors of many types
+        backend = os.environ.get("MUJOCO_GL", "unset")
+        raise UserError(
+            f"cannot render {env.spec.id} with MUJOCO_GL {backend} ({error!r:.200}): set MUJOCO_GL"
+            " to egl or osmesa, and install its library (Debian: libegl1 or libosmesa6)"
+        ) from None
+
+
+def describe_dataset(env: str, data: str) -> None:
+    """Prints what `load_dataset` says, the spaces, and a histogram of the returns."""
+    try:
+        arrays, info = load_dataset(env, data)
+    except UserError as error:
+        if strip_version(env) in TASKS:  # which always have an environment
+            raise
+        arrays, info = load_dataset(env, data, need_env=False)
+        print(f"            {str(error).removeprefix('error: ')}")
+    obs = arrays["obs"]
+    act = arrays["act"]
+    low = bound(info["act_low"])
+    high = bound(info["act_high"])
+    print(f"observation {obs.shape[1]} numbers, {obs.min():.4g} to {obs.max():.4g} in the data")
+    print(f"action      {act.shape[1]} numbers, bounded by {low} and {high}")
+    print_returns(arrays["rew"], arrays["ends"])
+
+
+def bound(values: float | list[float]) -> str:
+    """One number where all dimensions have the same bound, else all of them."""
+    numbers = np.unique(values)
+    if len(numbers) == 1:
+        return f"{numbers[0]:g}"
+    return str(values)
+
+
+def print_returns(rew: np.ndarray, ends: np.ndarray) -> None:
+    """Prints the returns of the trajectories, as numbers and as a histogram of ten lines.
+
+    A row that `load_dataset` drops, such as one cut by a timeout, is missing in them.
+    """
+    starts = np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1])
+    returns = np.add.reduceat(rew.astype(np.float64), starts)
+    low, quarter, median, three_quarters, high = np.percentile(returns, [0, 25, 50, 75, 100])
+    print(
+        f"returns     of {len(returns):,} trajectories, without the dropped rows: min {low:.2f},"
+        f" quartiles {quarter:.2f} {median:.2f} {three_quarters:.2f},"
+        f" mean {returns.mean():.2f}, max {high:.2f}"
+    )
+    counts, edges = np.histogram(returns, bins=10)
+    for count, left, right in zip(counts, edges[:-1], edges[1:]):
+        bar = "#" * round(50 * count / counts.max())
+        print(f"            {left:10.2f} to {right:10.2f} {count:7,} {bar}".rstrip())
+
+
+if __name__ == "__main__":
+    with warnings.catch_warnings(action="ignore"):  # Gymnasium's: AntMaze is registered again
+        import common  # as the scripts see it; this file, the program, is another module
+
+    try:
+        common.main()
+    except OSError as error:
+        sys.exit(f"error: {error}")
