@@ -5,10 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import faults
 import pytest
 import torch
-
-from benchmarks import faults
 
 ROOT = Path(__file__).resolve().parent.parent
 

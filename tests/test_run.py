@@ -15,12 +15,11 @@ import sys
 import time
 from pathlib import Path
 
+import faults
 import numpy as np
 import pytest
 import torch
 from conftest import make_raw, write_hdf5
-
-from benchmarks import faults
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
