@@ -141,9 +141,7 @@ class Args:
     resume: str | None = None  # folder of a run to go on with
     run_dir: str = "runs"  # root folder of all runs
     total_steps: int = 1_000_000  # updates of the policy stage, after those of the flow stage
-    stop_after: int | None = (
-        None  # policy update after which to end early, with a result; resumable
-    )
+    stop_after: int | None = None  # policy update after which to end early; resumable
     log_every: int = 1_000  # updates between log rows, which show the newest minibatch
     checkpoint_minutes: float = 5.0  # minutes between checkpoints
     eval: bool = True  # --no-eval trains without an environment
@@ -875,7 +873,7 @@ def main(argv: list[str] | None = None) -> dict:
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda: PyTorch finds no CUDA device here")
     device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    stop = min(args.stop_after or args.total_steps, args.total_steps)
+    stop = args.flow_steps + min(args.stop_after or args.total_steps, args.total_steps)
 
     # data
     arrays, info = load_dataset(args.env, args.data, need_env=args.eval)
@@ -931,30 +929,21 @@ def main(argv: list[str] | None = None) -> dict:
 
     # training
     seconds = checkpoint["seconds"] if checkpoint else 0.0
-    started = saved = time.perf_counter()
+    started = saved = window = time.perf_counter()
+    window_step = agent.step
+    bar = tqdm(initial=agent.step, total=stop, unit=" updates", mininterval=0.5)
     end = 0
     for stage, length in agent.stages:
-        if stage == "policy":
-            length = stop
         begin = end
-        end = begin + length
+        end = min(begin + length, stop)
         data = datasets[stage]
-        done = agent.step - begin  # updates of this stage
-        batches = shuffled_batches(len(data.obs), args.batch_size, args.seed, done, device)
-        bar = tqdm(
-            desc=stage,
-            initial=min(done, length),
-            total=length,
-            unit=" updates",
-            mininterval=0.5,
-        )
-        window = time.perf_counter()
-        window_step = agent.step
+        skip = agent.step - begin
+        batches = shuffled_batches(len(data.obs), args.batch_size, args.seed, skip, device)
+        bar.set_description(stage, refresh=False)
         while agent.step < end:
             indices = next(batches)
             metrics = agent.update(Batch(*(column[indices] for column in data)))
             step = agent.step
-            done = step - begin
             bar.update()
 
             row = {"step": step}
@@ -966,13 +955,14 @@ def main(argv: list[str] | None = None) -> dict:
                     for name, rows in zip(DENSITY_METRICS, density_rows):
                         log_density = agent.flow.log_density(all_data.obs[rows], all_data.act[rows])
                         row[name] = log_density.mean().item()
-            last = done == args.total_steps
-            if args.eval and stage == "policy" and (done % args.eval_every == 0 or last):
-                evaluation = evaluate(agent.act, info, args.eval_episodes, EVAL_SEED + done)
+            updates = step - begin  # of this stage
+            due = updates % args.eval_every == 0 or updates == length
+            if args.eval and stage == "policy" and due:
+                evaluation = evaluate(agent.act, info, args.eval_episodes, EVAL_SEED + updates)
                 for name, values in evaluation.items():
                     row[f"eval/{name}"] = float(values.mean())
                 means = [f"{name} {values.mean():.1f}" for name, values in evaluation.items()]
-                bar.write(f"update {step:,}: {', '.join(means)}")
+                bar.write(f"policy update {updates:,}: {', '.join(means)}")
             if len(row) > 1:
                 stop_if_not_finite(row, step, folder)
                 log.write(row)
@@ -1001,7 +991,7 @@ def main(argv: list[str] | None = None) -> dict:
                     save(content, folder / "flow.pt")  # for --flow
                 save(content, folder / "checkpoint.pt")
                 saved = time.perf_counter()
-        bar.close()
+    bar.close()
 
     # result
     result = {

@@ -849,9 +849,9 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
 def check_args(args: Args) -> None:
     """Ends the program where a number is out of range, or where the task cannot name a folder."""
     for name, value in asdict(args).items():
-        low = 0 if isinstance(value, float) or name in MAY_BE_ZERO else 1
         high = 1 if name in AT_MOST_ONE else 2**31 - 1
         for number in value if isinstance(value, tuple) else (value,):
+            low = 0 if isinstance(number, float) or name in MAY_BE_ZERO else 1
             if type(number) in (int, float) and not low <= number <= high:  # NaN is in no range
                 flag = name.replace("_", "-")
                 sys.exit(f"error: --{flag} {number}: must be from {low} to {high}")

@@ -14,7 +14,7 @@ import qdq
 
 SMALL = {
     dac: dict(num_critics=2, num_next_actions=2, hidden_dim=16, actor_target_start=20),
-    qdq: dict(num_samples=4, hidden_dim=64, teacher_steps=100, student_steps=100),
+    qdq: dict(num_samples=4, hidden_dim=128, teacher_steps=100, student_steps=100),
     cped: dict(
         flow_hidden_dim=16,
         hidden_dim=16,
