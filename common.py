@@ -281,10 +281,13 @@ def d4rl_name(env: str) -> str:
     elif env in gym.registry or ":" in env:
         hint = "this is an environment, whose data must be named with --data FILE"
     else:
-        near = difflib.get_close_matches(strip_version(env), TASKS) or TASKS
-        hint = f"did you mean {', '.join(near)}?"
+        near = difflib.get_close_matches(strip_version(env), TASKS)
+        hints = []
+        if near:
+            hints.append(f"did you mean {', '.join(near)}?")
         if re.search(r"-v\d+$", env):
-            hint += " A Minari dataset without a namespace is loaded with --data minari"
+            hints.append("a Minari dataset without a namespace is loaded with --data minari")
+        hint = "; ".join(hints) or f"the tasks are {', '.join(TASKS)}"
     raise UserError(f"--env {env}: unknown task; {hint}")
 
 
@@ -546,7 +549,7 @@ def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray],
         stored = metadata.get("eval_env_spec") or metadata.get("env_spec")
         if stored is None:
             raise UserError(f"{dataset_id} names no environment; --no-eval trains without one")
-        facts["env"] = env_spec(stored).to_json()
+        facts["env"] = stored.strip()
         known, env_sizes = environment_facts(facts, trial=True)
         facts["evaluation"] = known["evaluation"]
         if sizes != env_sizes:
