@@ -540,10 +540,12 @@ def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray],
         "act_high": high.tolist(),
         "box": "dataset",
     }
-    references = [metadata.get("ref_min_score"), metadata.get("ref_max_score")]
-    are_numbers = all(type(value) in (int, float) for value in references)
-    if are_numbers and references[0] < references[1] < math.inf:
-        facts["ref_min"], facts["ref_max"] = references
+    low_score = metadata.get("ref_min_score")
+    high_score = metadata.get("ref_max_score")
+    are_numbers = type(low_score) in (int, float) and type(high_score) in (int, float)
+    if are_numbers and -1e12 < low_score < high_score < 1e12:
+        facts["ref_min"] = low_score
+        facts["ref_max"] = high_score
 
     if need_env:
         stored = metadata.get("eval_env_spec") or metadata.get("env_spec")
@@ -901,10 +903,12 @@ def environment_facts(info: dict, trial: bool) -> tuple[dict, dict[str, int]]:
         if trial:
             with explained(f"{name}: a first step fails"):
                 obs, _ = env.reset(seed=0)
-                shape = flatten(env.observation_space, obs).shape
-                env.step(((low + high) / 2).astype(env.action_space.dtype))
-            if shape != (sum(sizes.values()),):
-                raise UserError(f"{name}: its observations have not the sizes of its space")
+                size = flatten(env.observation_space, obs).shape
+                if size != (sum(sizes.values()),):
+                    raise ValueError(f"an observation of shape {np.shape(obs)}")
+                _, reward, *_ = env.step(((low + high) / 2).astype(env.action_space.dtype))
+                if np.shape(reward) != ():
+                    raise ValueError(f"a reward of shape {np.shape(reward)}")
         arguments = {}
         registered = gym.registry[name].kwargs
         for key, value in env_spec(info["env"]).kwargs.items():
