@@ -206,7 +206,7 @@ def load_dataset(
 
     # arrays
     check_arrays(raw, path)
-    check_sizes(raw, facts, path)
+    check_widths(raw, facts, path)
     check_actions(raw["actions"], facts, path)
     is_antmaze = d4rl_robot(env) == "antmaze"
     arrays, counts = to_transitions(raw, MAX_STEP if is_antmaze else None)
@@ -636,7 +636,7 @@ def check_arrays(raw: dict[str, np.ndarray], path: Path) -> None:
         raise UserError(f"{path}: not one whole episode, for there are {rows[0]} rows")
 
 
-def check_sizes(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
+def check_widths(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
     obs_dim = raw["observations"].shape[1]
     act_dim = raw["actions"].shape[1]
     wanted_obs = facts["obs_dim"] or obs_dim
@@ -852,7 +852,11 @@ def import_module_of(env: str) -> str:
 
 
 def task_facts(env: str, need_env: bool = True) -> dict:
-    """Environment, sizes, action bounds and reference returns of a task or a Gymnasium id."""
+    """Environment, sizes, action bounds and reference returns of a task or a Gymnasium id.
+
+    The user typed it: of MODULE:NAME the module is imported.
+    """
+    import_module_of(env)
     robot = d4rl_robot(env)
     env_id = EVALUATION_ENVS.get(robot, env)
     if robot == "antmaze":
@@ -1183,32 +1187,3 @@ def evaluate(act: Callable, info: dict, episodes: int, seed: int) -> dict[str, n
     if info["ref_min"] is not None:
         result["normalized_score"] = normalized_score(returns, info)
     return result
-
-
-def record_video(act: Callable, info: dict, path: Path, seed: int) -> float:
-    """Films the episode that is reset with `seed`; returns its return."""
-    if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # before the first rendering: there is no screen
-    import imageio.v2 as imageio
-
-    env = make_env(info, render_mode="rgb_array")
-    total = 0.0
-    over = False
-    # OpenGL, ffmpeg and the disk fail in many ways
-    fault = f"cannot film {path}; without a screen, set MUJOCO_GL to egl or osmesa"
-    with (
-        explained(fault),
-        env,
-        imageio.get_writer(path, fps=env.metadata["render_fps"]) as film,
-    ):
-        renderer = getattr(env.unwrapped, "mujoco_renderer", None)
-        if renderer and env.unwrapped.model.ncam:
-            renderer.camera_id = 0  # the model's own camera follows the robot
-        obs, _ = env.reset(seed=seed)
-        while not over:
-            action = act(obs[None].astype(np.float32))[0]
-            obs, reward, terminated, truncated, _ = env.step(action)
-            film.append_data(env.render())
-            total += float(reward)
-            over = terminated or truncated
-    return total

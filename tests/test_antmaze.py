@@ -1,4 +1,4 @@
-"""AntMaze: the environment that restores D4RL's over Gymnasium's ant, entry by entry, and the faults of its -v0 data."""
+"""AntMaze: D4RL's environment over Gymnasium's ant, entry by entry, and faults of -v0 data."""
 
 import gymnasium as gym
 import numpy as np
@@ -15,7 +15,7 @@ def build(task: str) -> gym.Env:
 
 
 def walls(maze: str) -> list[tuple[float, float]]:
-    """Centres (x, y) in metres with the start as origin: x with the columns, y with the rows, 4 m per cell."""
+    """Centres (x, y) in metres from the start: x with columns, y with rows, 4 m per cell."""
     rows = common.MAZES[maze].split()
     ((i0, j0),) = [
         (i, j) for i, row in enumerate(rows) for j, cell in enumerate(row) if cell == "R"
@@ -54,6 +54,8 @@ def test_model_and_maze(maze, goal):
         np.testing.assert_array_equal(
             model.geom_solimp[:, :3], np.tile([0.8, 0.8, 0.01], (model.ngeom, 1))
         )
+        margin = 0.005 if common.adds_margins() else 0.01  # two of them are added, or one counts
+        np.testing.assert_array_equal(model.geom_margin, np.full(model.ngeom, margin))
         boxes = [i for i in range(model.ngeom) if model.geom_type[i] == 6]
         assert {tuple(model.geom_pos[i][:2]) for i in boxes} == set(walls(maze)) and len(
             boxes
@@ -124,7 +126,7 @@ def test_walls_stop_the_ant():
 
 
 def test_evaluation_reports_the_success_rate(monkeypatch):
-    """An "ant" that is put beside the goal in every second episode scores 100 there and 0 elsewhere."""
+    """An "ant" that is put beside the goal in some episodes scores 100 there and 0 elsewhere."""
     put_down = common.AntMaze.reset_model
 
     def reset_model(self):

@@ -40,7 +40,7 @@ FUZZ = settings(max_examples=EXAMPLES or 100, derandomize=not EXAMPLES, database
 FUZZ = settings(FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 FLAGS = {
     "dac": "--num-critics 2 --num-next-actions 1 --hidden-dim 8",
-    "qdq": "--num-samples 2 --hidden-dim 32 --teacher-steps 2 --student-steps 2",
+    "qdq": "--num-samples 2 --hidden-dim 64 --teacher-steps 2 --student-steps 2",
     "cped": "--flow-hidden-dim 8 --hidden-dim 8 --flow-steps 2",
 }
 
