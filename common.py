@@ -1120,13 +1120,33 @@ def adds_margins() -> bool:
     return (int(major), int(minor)) >= (3, 5)
 
 
+@contextlib.contextmanager
+def without_notices() -> Iterator[None]:
+    """Hides that something is old: Gymnasium says it of -v4, MuJoCo of HalfCheetah's model.
+
+    MuJoCo would also write MUJOCO_LOG.TXT into the current folder, at each building.
+    """
+
+    def show(message: str) -> None:
+        if "deprecated" not in message:
+            print(f"MuJoCo: {message}", file=sys.stderr)
+
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(show)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        mujoco.set_mju_user_warning(before)
+
+
 def build_env(info: dict, **kwargs) -> gym.Env:
     """The environment as it is registered, with D4RL's contacts where the task is D4RL's."""
     if info["env"] is None:
         raise UserError("there is no environment to evaluate in: the run was made with --no-eval")
     spec = env_spec(info["env"])
-    with explained(f"Gymnasium cannot make {spec.id}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are newer environments than -v4
+    with explained(f"Gymnasium cannot make {spec.id}"), without_notices():
         env = gym.make(spec, **kwargs)
     if info.get("d4rl_contacts") and adds_margins():
         env.unwrapped.model.geom_margin[:] *= 0.5
