@@ -1,29 +1,44 @@
-"""Datasets and evaluation for dac.py, qdq.py and cped.py; nothing else lives here.
+"""Datasets and evaluation for dac.py, qdq.py and cped.py.
 
-`load_dataset` returns the arrays of a dataset and the plain facts about it (`info`), `evaluate` plays whole episodes: who
-copies an algorithm file into another project replaces these two.
-Shapes: N transitions, S observation dimension, A action dimension, E episodes. Actions are in [-1, 1] on both sides.
+A script takes two functions from here. `load_dataset` returns the arrays of a dataset and
+plain facts about it (`info`), and `evaluate` plays whole episodes. Whoever copies a script
+into another project replaces these two.
+
+Shapes: N transitions, S observation dimension, A action dimension, E episodes. Actions are
+in [-1, 1] on both sides: the bounds of environment and data are settled once, at load.
+
+D4RL was recorded in gym's -v2 environments under MuJoCo 2.1. Gymnasium's -v4 environments
+have the same models, rewards and ends, and one step agrees to rounding. Returns of D4RL's own
+policies differ by -0.8 (hopper), -1.4 (halfcheetah; the fastest run 2 to 8 % slower) and +0.5
+(walker2d) normalised points on average, and single policies by more than 10. From MuJoCo 3.5 on
+the margins of two geoms are added, where before the larger one counted. All geoms of Hopper and
+of the ant share one margin, so halving it restores D4RL's contacts exactly.
+
+AntMaze restores D4RL's ant over Gymnasium's: the time step, the torque and the contacts'
+solimp, the maze with the start as origin, the noise of start and goal, and an episode that ends
+at the goal. One step agrees to rounding, and success rates of D4RL's own policies agree to
+about 10 points each way.
 """
 
 import contextlib
+import copy
 import difflib
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import io
-import multiprocessing
+import json
+import math
 import os
 import re
-import signal
 import sys
 import tempfile
 import threading
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -38,19 +53,34 @@ import requests
 import torch
 import tyro
 import urllib3
-from gymnasium.envs.mujoco import ant_v5
 from tqdm import tqdm
 
-# D4RL's reference returns (random policy, expert policy), the same for every dataset version.
-REFERENCE_RETURNS = {"hopper": (-20.272305, 3234.3), "halfcheetah": (-280.178953, 12135.0)}
-REFERENCE_RETURNS |= {"walker2d": (1.629008, 4592.3), "antmaze": (0.0, 1.0)}
-# The -v4 models and rewards are those of D4RL's -v2 data; MuJoCo is pinned below 3.5, which changed Hopper's contacts.
-EVALUATION_ENVS = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
-MAZES = {  # R start, G goal, one cell is 4 m wide
+try:
+    import mujoco
+    from gymnasium.envs.mujoco import ant_v5
+except Exception as error:  # after `pip install ogbench`, which puts MuJoCo 4 over MuJoCo 3
+    reason = str(error).split("\n")[0]
+    repair = "pip uninstall -y mujoco mujoco-core mujoco-studio && pip install -r requirements.txt"
+    sys.exit(f"error: MuJoCo cannot be imported ({reason}); repair it by: {repair}")
+
+# D4RL's reference returns (random policy, expert policy), the same for every dataset version
+REFERENCE_RETURNS = {
+    "hopper": (-20.272305, 3234.3),
+    "halfcheetah": (-280.178953, 12135.0),
+    "walker2d": (1.629008, 4592.3),
+    "antmaze": (0.0, 1.0),
+}
+EVALUATION_ENVS = {
+    "hopper": "Hopper-v4",
+    "halfcheetah": "HalfCheetah-v4",
+    "walker2d": "Walker2d-v4",
+}
+QUALITIES = ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert")
+MAZES = {  # R start, G goal; one cell is 4 m wide
     "umaze": "##### #R..# ###.# #G..# #####",
     "medium": "######## #R.##..# #..#...# ##...### #..#...# #.#..#.# #...#.G# ########",
-    "large": "############ #R...#.....# #.##.#.#.#.# #......#...# #.####.###.# #..#.#.....# ##.#.#.#.### #..#...#.G.# "
-    "############",
+    "large": "############ #R...#.....# #.##.#.#.#.# #......#...# #.####.###.# #..#.#.....#"
+    " ##.#.#.#.### #..#...#.G.# ############",
 }
 ANTMAZE_FILES = {
     "umaze": "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse",
@@ -60,15 +90,19 @@ ANTMAZE_FILES = {
     "large-play": "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse",
     "large-diverse": "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse",
 }
-TASKS = [f"{robot}-{quality}" for robot in EVALUATION_ENVS for quality in ("medium", "medium-replay", "medium-expert")]
+TASKS = [
+    f"{robot}-{quality}"
+    for robot in EVALUATION_ENVS
+    for quality in ("medium", "medium-replay", "medium-expert")
+]
 TASKS += [f"antmaze-{maze}" for maze in ANTMAZE_FILES]
-D4RL_SHA256 = {  # of every D4RL file, as pinned by TensorFlow Datasets
+D4RL_SHA256 = {  # of every file, as pinned by TensorFlow Datasets
     "hopper-medium-v2": "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0",
     "hopper-medium-replay-v2": "e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b",
     "hopper-medium-expert-v2": "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26",
     "halfcheetah-medium-v2": "41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0",
-    "halfcheetah-medium-replay-v2": "48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683",
-    "halfcheetah-medium-expert-v2": "015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06",
+    "halfcheetah-medium-replay-v2": "48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683",  # noqa: E501
+    "halfcheetah-medium-expert-v2": "015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06",  # noqa: E501
     "walker2d-medium-v2": "cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda",
     "walker2d-medium-replay-v2": "e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db",
     "walker2d-medium-expert-v2": "6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04",
@@ -85,171 +119,277 @@ D4RL_SHA256 = {  # of every D4RL file, as pinned by TensorFlow Datasets
     "antmaze-large-play-v2": "6d353df2457829925d7f9d4b0215587469908bd57478ea76f16417cfa944f471",
     "antmaze-large-diverse-v2": "84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284",
 }
-MIRRORS = (  # in this order; the first keeps D4RL's folders, the second has all files in one
-    lambda path: f"http://rail.eecs.berkeley.edu/datasets/offline_rl/{path}",
-    lambda path: f"https://huggingface.co/datasets/imone/D4RL/resolve/main/{path.split('/')[-1]}",
+MIRRORS = (  # tried in this order; the first keeps D4RL's folders, the second has all files in one
+    "http://rail.eecs.berkeley.edu/datasets/offline_rl/{path}",
+    "https://huggingface.co/datasets/imone/D4RL/resolve/main/{name}",
 )
 MINARI_HUB = "https://huggingface.co/datasets/farama-minari"
-TIMEOUT = 7.0  # seconds after which a silent server counts as dead: two mirrors stay below 15
+# what Minari has in place of other D4RL tasks
+MINARI_NAMES = {
+    "pen": "D4RL/pen/{}-v2",
+    "door": "D4RL/door/{}-v2",
+    "hammer": "D4RL/hammer/{}-v2",
+    "relocate": "D4RL/relocate/{}-v2",
+    "kitchen": "D4RL/kitchen/{}-v2",
+    "maze2d": "D4RL/pointmaze/{}-v2",
+}
 BUNDLED = Path(__file__).resolve().parent / "benchmarks" / "data"
-MAX_STEP = 1.5  # metres that an ant may move in one step of 0.1 s; farther is a new episode that AntMaze-v0 does not mark
-MIN_SPEED, MAX_BYTES = 10_000, 1 << 30  # bytes per second of a download; bytes of a dataset, three times D4RL's largest
-KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
+TIMEOUT = 7.0  # seconds after which a silent server counts as dead: two mirrors stay below 15
+MIN_SPEED = 10_000  # bytes per second of a download
+MAX_BYTES = 1 << 30  # of a dataset, three times D4RL's largest
+MAX_STEP = 1.5  # metres that an ant can move in one step of 0.1 s; farther is another episode
+MAX_EPISODE_STEPS = 1_000_000  # of an environment that a dataset describes
+MAX_FRAME_SKIP = 1_000
+
+VERSIONS = ("python", "torch", "numpy", "gymnasium", "mujoco", "minari")
+FILES = (".hdf5", ".h5", ".npz")
+ARRAYS = ("observations", "actions", "rewards", "terminals")  # a file must hold these
+KEYS = (*ARRAYS, "timeouts")
+WANTED = (*KEYS, "next_observations")
+MATRICES = ("observations", "actions", "next_observations")
 
 
 class UserError(SystemExit):
-    """Something the user can put right, in one sentence: what is wrong, where, what to do. Ends a program that does not catch it."""
+    """A mistake of the user in one sentence: what is wrong, where, what to do. Exit status 1."""
 
-    def __init__(self, message: str, status: int = 1):
+    def __init__(self, message: str):
         super().__init__(f"error: {message}")
-        self.status = status
 
 
 @contextlib.contextmanager
-def explained(kind: type | tuple[type, ...], what: str, status: int = 1) -> Iterator[None]:
-    """Turns errors of a kind, such as those of a disk or of a library that reads somebody's file, into a sentence."""
+def explained(what: str) -> Iterator[None]:
+    """Turns what a library raises about somebody's file or environment into one sentence."""
     try:
         yield
-    except kind as error:
-        raise error if isinstance(error, UserError) else UserError(f"{what} ({error!r:.200})", status) from None
+    except Exception as error:  # UserError is none, so sentences from inside stay as they are
+        reason = " ".join(repr(error).split())[:200]
+        raise UserError(f"{what} ({reason})") from None
 
 
-# ------------------------------------------------------------------------------------------------------------ datasets
+# ----------------------------------------------------------------- datasets
 
 
-def load_dataset(env: str, data: str = "auto", need_env: bool = True) -> tuple[dict[str, np.ndarray], dict]:
-    """Finds, checks and loads the dataset of a task.
+def load_dataset(
+    env: str, data: str = "auto", need_env: bool = True
+) -> tuple[dict[str, np.ndarray], dict]:
+    """Finds, checks and loads the dataset of a task, and prints what it is.
 
-    env: a task (`TASKS`, with or without version), a Minari id or, with a file as data, any Gymnasium id.
+    env: a task (`TASKS`, with or without version), a Minari id or, with a file as data, any
+        Gymnasium id. As in Gymnasium, MODULE:NAME first imports the module.
     data: auto | d4rl | minari | bundled, or the path of an HDF5 or NPZ file in D4RL's layout.
     need_env: whether there must be an environment to evaluate in.
 
-    Returns float32 obs [N, S], act [N, A], rew [N], next_obs [N, S], not_done [N] and bool ends [N] (the last transition of
-    each trajectory), and `info`: identity, counts, mean return and score, evaluation environment.
+    Returns float32 obs [N, S], act [N, A], rew [N], next_obs [N, S], not_done [N] and bool
+    ends [N] (the last transition of each trajectory), and `info`, which is plain JSON.
     """
-    if data.lower().endswith((".hdf5", ".h5", ".npz")):
-        facts, path, name = task_facts(env, need_env), Path(data), f"file/{Path(data).name}"
+    name = import_module_of(env)
+
+    # raw arrays, and what is known about the environment
+    if data.lower().endswith(FILES):
+        path = Path(data)
+        dataset_id = f"file/{path.name}"
         raw = read_file(path)
-    elif data == "minari" or (data == "auto" and "/" in env):
-        raw, path, facts = load_minari(env, need_env)
-        name = f"minari/{env}"
+        facts = task_facts(env, need_env)
+    elif data == "minari" or (data == "auto" and "/" in name):
+        dataset_id = f"minari/{name}"
+        raw, path, facts = load_minari(name, need_env)
     elif data in ("auto", "d4rl", "bundled"):
-        task, facts = d4rl_name(env), task_facts(env, need_env)
-        path, name = find_file(task, data)
+        path, dataset_id = find_file(d4rl_name(env), data)
         raw = read_file(path)
+        facts = task_facts(env, need_env)
     else:
-        raise UserError(f"--data {data}: neither auto, d4rl, minari or bundled nor an .hdf5 or .npz file", status=2)
+        raise UserError(
+            f"--data {data}: neither auto, d4rl, minari or bundled nor an .hdf5 or .npz file"
+        )
+
+    # an official file gets its official name
     digest = sha256(path)
-    if official := [task for task, checksum in D4RL_SHA256.items() if checksum == digest]:
-        name = f"d4rl/{official[0]}"
-        if strip_version(env) in TASKS and strip_version(env) != strip_version(official[0]):
-            raise UserError(f"{path} is D4RL's {official[0]}, not {env}: correct --env or --data", status=2)
-    check(raw, facts, path)
-    arrays, counts = to_transitions(raw, MAX_STEP if env.startswith("antmaze") else None)
+    for official, checksum in D4RL_SHA256.items():
+        if checksum == digest:
+            dataset_id = f"d4rl/{official}"
+            task = strip_version(env)
+            if task in TASKS and task != strip_version(official):
+                raise UserError(f"{path} is D4RL's {official}, not {env}: correct --env or --data")
+
+    # arrays
+    check_arrays(raw, path)
+    check_widths(raw, facts, path)
+    check_actions(raw["actions"], facts, path)
+    is_antmaze = d4rl_robot(env) == "antmaze"
+    arrays, counts = to_transitions(raw, MAX_STEP if is_antmaze else None)
+    if counts["episodes"] == 0:
+        raise UserError(
+            f"{path}: not one whole episode, for there is neither a terminal nor a timeout in"
+            f" {counts['rows']} rows"
+        )
     if counts["transitions"] < 2:
-        raise UserError(f"{path}: without those that are cut off there are {counts['transitions']} transitions, too few to learn")
-    low, high = np.asarray(facts["act_low"]), np.asarray(facts["act_high"])
-    arrays["act"] = ((arrays["act"] - (low + high) / 2) / ((high - low) / 2)).astype(np.float32)
-    info = {"id": name, "file": str(path), "sha256": digest, "preset": strip_version(env) in TASKS} | facts | counts
-    info["mean_score"] = None if info["ref_min"] is None else float(normalized_score(info["mean_return"], info))
-    info["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
-    info["versions"] = {"python": sys.version.split()[0]} | info["versions"]
+        raise UserError(
+            f"{path}: without those that are cut off there are {counts['transitions']}"
+            " transitions, too few to learn"
+        )
+    low = np.asarray(facts["act_low"])
+    high = np.asarray(facts["act_high"])
+    act = (arrays["act"] - (low + high) / 2) / ((high - low) / 2)
+    arrays["act"] = act.astype(np.float32)
+
+    # facts
+    versions = {package: running_version(package) for package in VERSIONS}
+    info = {
+        "id": dataset_id,
+        "file": str(path),
+        "sha256": digest,
+        "preset": strip_version(env) in TASKS,
+        **facts,
+        **counts,
+        "mean_score": None,
+        "act_used": float(np.abs(arrays["act"]).max()),
+        "versions": versions,
+    }
+    if info["ref_min"] is not None:
+        info["mean_score"] = float(normalized_score(info["mean_return"], info))
     print(describe(info))
     return arrays, info
+
+
+def running_version(package: str) -> str:
+    if package == "python":
+        return sys.version.split()[0]
+    if package == "mujoco":
+        return mujoco.__version__
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def strip_version(env: str) -> str:
     return re.sub(r"-v\d+$", "", env)
 
 
+def d4rl_robot(env: str) -> str | None:
+    """hopper of hopper-medium or hopper-expert-v1; None of every name that is not D4RL's."""
+    robot, _, quality = re.sub(r"-v[012]$", "", env).partition("-")
+    if robot in EVALUATION_ENVS and quality in QUALITIES:
+        return robot
+    if robot == "antmaze" and quality in ANTMAZE_FILES:
+        return robot
+    return None
+
+
 def d4rl_name(env: str) -> str:
-    """hopper-medium -> hopper-medium-v2; an unknown task is an error that names the nearest ones."""
+    """hopper-medium -> hopper-medium-v2; an unknown task is an error that names what is near."""
     name = env if env in D4RL_SHA256 else f"{env}-v2"
-    if name not in D4RL_SHA256:
-        near = difflib.get_close_matches(strip_version(env), TASKS) or TASKS
-        raise UserError(f"--env {env}: unknown task; did you mean {', '.join(near)}?", status=2)
-    return name
-
-
-def task_facts(env: str, need_env: bool) -> dict:
-    """Evaluation environment, sizes and reference returns of a task or a Gymnasium id."""
-    robot = env.split("-")[0] if env.split("-")[0] in REFERENCE_RETURNS else None  # also of hopper-expert and the like
-    env_id = EVALUATION_ENVS.get(robot, env)
-    if robot == "antmaze" and strip_version(env) in TASKS:
-        env_id = f"D4RLAntMaze-{env.split('-')[1]}-v2"
-    ref_min, ref_max = REFERENCE_RETURNS.get(robot, (None, None))
-    if not need_env:
-        return {"env": None, "ref_min": ref_min, "ref_max": ref_max, "obs_dim": None, "act_low": -1.0, "act_high": 1.0}
-    if env_id not in gym.registry:
-        near = ", ".join(difflib.get_close_matches(env, [*TASKS, *gym.registry])) or "none"
-        reason = "has no evaluation environment here" if robot else f"is no task and no Gymnasium id (near it: {near})"
-        raise UserError(f"--env {env} {reason}; --no-eval trains without an environment", status=2)
-    with make_env({"env": env_id}) as built:
-        obs_dim, box = built.observation_space.shape[0], built.unwrapped.action_space
-    facts = {"env": env_id, "ref_min": ref_min, "ref_max": ref_max, "obs_dim": obs_dim}
-    return facts | {"act_low": box.low.tolist(), "act_high": box.high.tolist()}
+    if name in D4RL_SHA256:
+        return name
+    robot, _, quality = strip_version(env).partition("-")
+    if robot in MINARI_NAMES:
+        hint = f"Minari has such data, try --env {MINARI_NAMES[robot].format(quality)}"
+    elif d4rl_robot(env):
+        hint = "D4RL's file is not downloaded from here: get it, and add --data FILE.hdf5"
+    elif env in gym.registry or ":" in env:
+        hint = "this is an environment, whose data must be named with --data FILE"
+    else:
+        near = difflib.get_close_matches(strip_version(env), TASKS)
+        hints = []
+        if near:
+            hints.append(f"did you mean {', '.join(near)}?")
+        if re.search(r"-v\d+$", env):
+            hints.append("a Minari dataset without a namespace is loaded with --data minari")
+        hint = "; ".join(hints) or f"the tasks are {', '.join(TASKS)}"
+    raise UserError(f"--env {env}: unknown task; {hint}")
 
 
 def sha256(path: Path) -> str:
-    """Of a file or, for Minari, of all files in a folder."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    """Of a file or, for Minari, of the contents of all files in a folder, sorted by name."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def find_file(task: str, data: str) -> tuple[Path, str]:
-    """File and dataset id of a D4RL task: from the cache, a mirror or, with no network or on request, bundled."""
-    name, path = strip_version(task), d4rl_path(task)
+    """File and dataset id of a D4RL task: from the cache, a mirror or, if need be, bundled."""
+    name = strip_version(task)
     bundled = BUNDLED / f"{name}.hdf5"
     if data == "bundled":
         if bundled.exists():
             return bundled, f"bundled/{name}"
-        raise UserError(f"--data bundled: only {[file.stem for file in BUNDLED.glob('*.hdf5')]} come along", status=2)
-    # The D4RL package's own folder and file names: what it downloaded is found, and what we download it will find.
+        names = ", ".join(file.stem for file in sorted(BUNDLED.glob("*.hdf5")))
+        raise UserError(f"--data bundled: only {names} come along")
+
+    # The folder and file names are the D4RL package's own, so both find what the other downloaded.
+    remote = d4rl_path(task)
     cache = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-    target = cache / path.split("/")[-1]
+    target = cache / Path(remote).name
     if target.exists():
         if sha256(target) != D4RL_SHA256[task]:
-            raise UserError(f"{target} is not D4RL's {task}: delete it to download that, or use it with --data {target}")
+            raise UserError(
+                f"{target} is not D4RL's {task}: delete it to download that, or use it with"
+                f" --data {target}"
+            )
         return target, f"d4rl/{task}"
+
+    urls = [mirror.format(path=remote, name=target.name) for mirror in MIRRORS]
     failures = []
-    for url in [mirror(path) for mirror in MIRRORS]:
+    for url in urls:
         if not answers(url):
             failures.append(f"{url}: no answer")
             continue
         try:
-            pooch.retrieve(url, f"sha256:{D4RL_SHA256[task]}", target.name, cache, downloader=download)  # atomic
+            checksum = f"sha256:{D4RL_SHA256[task]}"
+            pooch.retrieve(url, checksum, target.name, cache, downloader=download)  # atomic
             return target, f"d4rl/{task}"
-        except (requests.RequestException, ValueError) as error:  # ValueError: another file than D4RL's
+        except (requests.RequestException, ValueError) as error:  # ValueError: another file
             failures.append(f"{url}: {str(error).splitlines()[0]:.200}")
         except OSError as error:
-            raise UserError(f"cannot write {target}: {error.strerror or error}; D4RL_DATASET_DIR names another folder") from None
-    if data == "auto" and bundled.exists() and all(failure.endswith(": no answer") for failure in failures):
+            raise UserError(
+                f"cannot write {target}: {error.strerror or error}; D4RL_DATASET_DIR names"
+                " another folder"
+            ) from None
+
+    no_network = all(failure.endswith(": no answer") for failure in failures)
+    if data == "auto" and bundled.exists() and no_network:
         line = "!" * 100
-        print(f"{line}\n!! NO NETWORK for D4RL's {task}: this run uses the small BUNDLED sample instead.", file=sys.stderr)
-        print(f"!! Its scores are not D4RL scores. --data d4rl insists on D4RL's file.\n{line}", file=sys.stderr)
+        print(
+            f"{line}\n!! NO NETWORK for D4RL's {task}: this run uses the small BUNDLED sample"
+            " instead.\n!! Its scores are not D4RL scores. --data d4rl insists on D4RL's file."
+            f"\n{line}",
+            file=sys.stderr,
+        )
         return bundled, f"bundled/{name}"
-    ways = [f"  curl -L -o {target} {mirror(path)}" for mirror in MIRRORS]
-    ways += ["or train on the small sample with --data bundled"] if bundled.exists() else []
-    raise UserError("\n".join([f"{target} does not exist and cannot be downloaded ({'; '.join(failures)}); get it by", *ways]))
+    reasons = "; ".join(failures)
+    lines = [f"{target} does not exist and cannot be downloaded ({reasons}); get it by"]
+    lines += [f"  curl -L -o {target} {url}" for url in urls]
+    if bundled.exists():
+        lines.append("or train on the small sample with --data bundled")
+    raise UserError("\n".join(lines))
 
 
 def download(url: str, part: str, _: object) -> None:
-    """For pooch: fetches url to the file part, and gives up a server that sends next to nothing, or without end."""
+    """For pooch: fetches url to the file part. Gives up a server that is too slow or endless."""
+    started = time.monotonic()
     with requests.get(url, stream=True, timeout=TIMEOUT) as response, open(part, "wb") as file:
         response.raise_for_status()
-        started, total = time.monotonic(), int(response.headers.get("content-length", 0)) or None
+        total = int(response.headers.get("content-length", 0)) or None
         with tqdm(total=total, unit="B", unit_scale=True, leave=False) as bar:
             try:
                 while block := response.raw.read1(1 << 18, decode_content=True):
-                    bar.update(file.write(block))
-                    if bar.n > MAX_BYTES or bar.n < MIN_SPEED * (time.monotonic() - started - TIMEOUT):
+                    file.write(block)
+                    bar.update(len(block))
+                    seconds = time.monotonic() - started
+                    if bar.n > MAX_BYTES or bar.n < MIN_SPEED * (seconds - TIMEOUT):
                         raise requests.ConnectionError(f"given up after {bar.n:,} bytes")
             except urllib3.exceptions.HTTPError as error:
                 raise requests.ConnectionError(error) from None
 
 
 def answers(url: str) -> bool:
-    """Whether anything answers within TIMEOUT; in a thread, because a name look-up has no time limit of its own."""
+    """Whether anything answers in time; in a thread, as looking up a name has no time limit."""
     responses = []
 
     def ask() -> None:
@@ -262,208 +402,706 @@ def answers(url: str) -> bool:
     return bool(responses)
 
 
-def d4rl_path(task: str) -> str:  # below D4RL's root
+def d4rl_path(task: str) -> str:
+    """Where the file of a task is, below D4RL's root."""
     robot, quality = strip_version(task).split("-", 1)
     if robot in EVALUATION_ENVS:
         return f"gym_mujoco_v2/{robot}_{quality.replace('-', '_')}-v2.hdf5"
-    folder, end = ("ant_maze_v2", "_fixed") if task.endswith("-v2") else ("ant_maze_new", "")
-    return f"{folder}/{ANTMAZE_FILES[quality]}{end}.hdf5"
+    if task.endswith("-v2"):
+        return f"ant_maze_v2/{ANTMAZE_FILES[quality]}_fixed.hdf5"
+    return f"ant_maze_new/{ANTMAZE_FILES[quality]}.hdf5"
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
-    """Raw arrays of a file in D4RL's flat layout: `KEYS` and, where there, next_observations."""
+    """Raw arrays of a file in D4RL's flat layout: those of `WANTED` that it has."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist", status=2)
-    if path.open("rb").read(512).lstrip().startswith(b"<"):
+        raise UserError(f"{path} does not exist")
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
         raise UserError(f"{path} is a web page, not a dataset: download it again")
-    wanted, most = (*KEYS, "next_observations"), most_bytes(path)
-    with explained(Exception, f"{path} is no HDF5 or NPZ file, or a damaged one"):  # which can fail anywhere in h5py and numpy
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                if len(set(file.files)) < len(file.files) or sum(part.file_size for part in file.zip.infolist()) > most:
-                    raise ValueError(f"a name twice, or more than {most:,} bytes")
-                return {key: np.asarray(file[key]) for key in wanted if key in file}
-        with h5py.File(path, "r") as file:
-            check_contents(file, most)
-            parts = {key: file[key] for key in wanted if isinstance(file.get(key), h5py.Dataset)}
-            if any(part.shape is None or part.dtype.kind == "O" for part in parts.values()):
-                raise ValueError("arrays must be of numbers")
-            return {key: part[()] for key, part in parts.items()}
+    with explained(f"{path} is no HDF5 or NPZ file, or a damaged one"):
+        if path.suffix.lower() == ".npz":
+            return read_npz(path)
+        return read_hdf5(path)
 
 
 def most_bytes(path: Path) -> int:
-    """That the arrays of a file may claim: more would be compressed by more than measurements are."""
+    """What the arrays of a file may claim; measurements are not compressed by more than this."""
     return max(MAX_BYTES, 20 * path.stat().st_size)
 
 
-def check_contents(file: h5py.File, most: int) -> None:
-    """Before anything of it is read: no links, no content of other files, no more than so many bytes."""
-    parts = []
-    file.visititems(lambda name, part: parts.append(part) if isinstance(part, h5py.Dataset) else None)
-    link = file.visititems_links(lambda name, link: None if isinstance(link, h5py.HardLink) else name)
-    if link or any(part.external or part.is_virtual for part in parts) or sum(part.nbytes for part in parts if part.shape) > most:
-        raise ValueError(f"it has links, content of another file, or claims more than {most:,} bytes")
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        members = {}
+        for member in file.zip.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name not in WANTED:
+                continue
+            if name in members:
+                raise ValueError(f"{name} is in it twice")
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{name} is compressed by another method than numpy's")
+            members[name] = member
+        claimed = sum(member.file_size for member in members.values())
+        if claimed > most_bytes(path):
+            raise ValueError(f"it claims more than {most_bytes(path):,} bytes")
+        return {name: np.asarray(file[name]) for name in WANTED if name in members}
+
+
+def read_hdf5(path: Path) -> dict[str, np.ndarray]:
+    with h5py.File(path, "r") as file:
+        parts = {}
+        claimed = 0
+        for name in WANTED:
+            if name not in file:
+                continue
+            part = hdf5_part(file, name)
+            if isinstance(part, h5py.Dataset):
+                if part.dtype.kind == "O":
+                    raise ValueError(f"{name} is no array of numbers")
+                claimed += claimed_bytes(part)
+                parts[name] = part
+        if claimed > most_bytes(path):
+            raise ValueError(f"it claims more than {most_bytes(path):,} bytes")
+        return {name: part[()] for name, part in parts.items()}
+
+
+def hdf5_part(group: h5py.Group, name: str) -> h5py.Dataset | h5py.Group:
+    """A member of a group, which may not be a link or reach into other files."""
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"{name} is a link")
+    part = group[name]
+    if isinstance(part, h5py.Dataset) and (part.external or part.is_virtual):
+        raise ValueError(f"{name} has content of another file")
+    return part
+
+
+def claimed_bytes(part: h5py.Dataset) -> int:
+    """Memory that reading takes: that of the array and, as it is read in chunks, of one chunk."""
+    if part.shape is None:
+        raise ValueError(f"{part.name} has no shape")
+    entries = math.prod(part.shape)
+    if part.chunks:
+        entries = max(entries, math.prod(part.chunks))
+    return entries * part.dtype.itemsize
+
+
+def claimed_by_group(group: h5py.Group, depth: int = 0) -> int:
+    """Of everything in a group, which Minari reads whole."""
+    if depth > 8:
+        raise ValueError("groups are nested too deeply")
+    total = 0
+    for name in group:
+        part = hdf5_part(group, name)
+        if isinstance(part, h5py.Dataset):
+            total += claimed_bytes(part)
+        elif isinstance(part, h5py.Group):
+            total += claimed_by_group(part, depth + 1)
+    return total
 
 
 def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray], Path, dict]:
-    """Raw arrays, data file and facts of a Minari dataset, local or downloaded; reference returns only if it has its own."""
-    import minari  # here, because few runs need it and it takes a while
+    """Raw arrays, folder and facts of a Minari dataset, local or downloaded.
 
+    Its episodes are known by construction: `episode_ends` marks their last rows. It is scored
+    by its own reference returns, if it has them.
+    """
     if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", dataset_id):
-        raise UserError(f"--env {dataset_id}: a Minari id looks like mujoco/hopper/medium-v0", status=2)
-    local = dataset_id in minari.list_local_datasets()
-    if not local and not answers(MINARI_HUB):  # Minari's own download would wait for ever
-        raise UserError(f"{dataset_id} is not among the local Minari datasets, and {MINARI_HUB} does not answer")
-    with explained(Exception, f"Minari cannot load {dataset_id}"):  # its storages and remotes raise types of their own
-        dataset, columns = minari.load_dataset(dataset_id, download=not local), []
-        for path in Path(dataset.storage.data_path).glob("*.hdf5"):
+        raise UserError(f"--env {dataset_id}: a Minari id looks like mujoco/hopper/medium-v0")
+    import minari  # here, because few runs need it and it takes a while
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    with explained(f"Minari cannot load {dataset_id}"):
+        folder = get_dataset_path(dataset_id) / "data"
+        if not folder.is_dir():
+            if not answers(MINARI_HUB):  # Minari's own download would wait for ever
+                raise UserError(
+                    f"{dataset_id} is not among the local Minari datasets, and {MINARI_HUB}"
+                    " does not answer"
+                )
+            minari.download_dataset(dataset_id)
+        metadata = json.loads((folder / "metadata.json").read_text())
+        if "observation_space" not in metadata or "action_space" not in metadata:
+            # Minari builds the environment to find them, so it must be one that we would build
+            spec = env_spec(metadata["env_spec"])
+            if spec.kwargs != json.loads(metadata["env_spec"])["kwargs"]:
+                raise ValueError("it has no spaces and an environment with a render mode")
+        for path in folder.glob("*.hdf5"):
             with h5py.File(path, "r") as file:
-                check_contents(file, most_bytes(path))
-        for e in dataset.iterate_episodes():
-            obs = flatten(dataset.observation_space, e.observations)  # T + 1: the last one is the true next observation
-            columns.append((obs[:-1], e.actions, e.rewards, e.terminations, e.truncations, obs[1:]))
-        raw = dict(zip((*KEYS, "next_observations"), map(np.concatenate, zip(*columns))))
-        facts = {"obs_dim": raw["observations"].shape[1]}
-    spec = (dataset._eval_env_spec or dataset.env_spec) if need_env else None  # made by Minari to fit this Gymnasium
-    if need_env and spec is None:
-        raise UserError(f"{dataset_id} names no environment; see --no-eval")
-    spec, box = spec and env_spec(spec.to_json()), dataset.action_space
-    if not isinstance(box, gym.spaces.Box) or not box.is_bounded() or not (box.low < box.high).all():
-        raise UserError(f"{dataset_id}: the action space is {box}, but only bounded boxes will do")
-    facts |= {"env": spec.to_json() if spec else None, "act_low": box.low.tolist(), "act_high": box.high.tolist()}
-    refs = [dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score")]  # anything, in somebody's file
-    usable = all(isinstance(ref, int | float) for ref in refs) and refs[0] < refs[1]
-    facts |= dict(zip(("ref_min", "ref_max"), refs if usable else (None, None)))
-    return raw, Path(dataset.storage.data_path), facts
+                if claimed_by_group(file) > most_bytes(path):
+                    raise ValueError(f"it claims more than {most_bytes(path):,} bytes")
+        dataset = minari.load_dataset(dataset_id)
+        low, high = action_bounds(dataset.action_space, dataset_id)
+        sizes = observation_sizes(dataset.observation_space, dataset_id)
+        raw = minari_arrays(dataset)
+
+    facts = {
+        "env": None,
+        "evaluation": "none",
+        "ref_min": None,
+        "ref_max": None,
+        "d4rl_contacts": False,
+        "halved_margins": False,
+        "obs_dim": sum(sizes.values()),
+        "act_low": low.tolist(),
+        "act_high": high.tolist(),
+        "box": "dataset",
+    }
+    low_score = metadata.get("ref_min_score")
+    high_score = metadata.get("ref_max_score")
+    are_numbers = type(low_score) in (int, float) and type(high_score) in (int, float)
+    if are_numbers and -1e12 < low_score < high_score < 1e12:
+        facts["ref_min"] = low_score
+        facts["ref_max"] = high_score
+
+    if need_env:
+        stored = metadata.get("eval_env_spec") or metadata.get("env_spec")
+        if stored is None:
+            raise UserError(f"{dataset_id} names no environment; --no-eval trains without one")
+        facts["env"] = stored.strip()
+        known, env_sizes = environment_facts(facts, trial=True)
+        facts["evaluation"] = known["evaluation"]
+        if sizes != env_sizes:
+            raise UserError(
+                f"{dataset_id} has observations of {size_text(sizes)}, but {known['evaluation']}"
+                f" has {size_text(env_sizes)}: a policy of one cannot act on the other;"
+                " --no-eval trains without an environment"
+            )
+        check_same_box(dataset_id, facts, known)
+    return raw, folder, facts
+
+
+def minari_arrays(dataset) -> dict[str, np.ndarray]:
+    columns = {name: [] for name in (*WANTED, "episode_ends")}
+    for episode in dataset.iterate_episodes():
+        steps = len(episode.rewards)
+        obs = flatten(dataset.observation_space, episode.observations)  # [T + 1, S]
+        lengths = {len(episode.actions), len(episode.terminations), len(episode.truncations)}
+        if lengths != {steps} or len(obs) != steps + 1:
+            raise ValueError(f"episode {episode.id} has columns of different lengths")
+        if steps == 0:
+            continue
+        last = np.zeros(steps, bool)
+        last[-1] = True
+        columns["observations"].append(obs[:-1])
+        columns["actions"].append(episode.actions)
+        columns["rewards"].append(episode.rewards)
+        columns["terminals"].append(episode.terminations)
+        columns["timeouts"].append(episode.truncations)
+        columns["next_observations"].append(obs[1:])  # the last one is the true one
+        columns["episode_ends"].append(last)
+    return {name: np.concatenate(parts) for name, parts in columns.items()}
 
 
 def flatten(space: gym.Space, obs) -> np.ndarray:
-    """Observations, one or a batch, as float vectors; the entries of a dictionary side by side in the order of sorted keys.
+    """Observations, one or a batch, as vectors; entries of a dictionary in the order of their keys.
 
-    The order of a space is not used, because storing a dataset can change it.
+    The order of the space itself is not used, because storing a dataset can change it.
     """
     if isinstance(space, gym.spaces.Dict):
-        return np.concatenate([flatten(space[key], obs[key]) for key in sorted(space)], axis=-1)
+        parts = [flatten(space[key], obs[key]) for key in sorted(space)]
+        return np.concatenate(parts, axis=-1)
     if not isinstance(space, gym.spaces.Box):
         raise UserError(f"the observation space {space} is neither a box nor a dictionary of boxes")
-    return np.reshape(obs, (*np.shape(obs)[: np.ndim(obs) - len(space.shape)], -1))
+    batch = np.shape(obs)[: np.ndim(obs) - len(space.shape)]
+    return np.reshape(obs, (*batch, -1))
 
 
-def check(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
-    """Raises one sentence about the first thing that is wrong with the raw arrays; [N, 1] columns become [N]."""
-    if missing := [key for key in KEYS if key not in raw]:
-        raise UserError(f"{path} lacks {', '.join(missing)}: it must hold {', '.join(KEYS)}")
-    rows = raw["actions"].shape[:1] or (0,)
-    for key in KEYS[2:]:
-        raw[key] = raw[key].squeeze(1) if raw[key].shape == (*rows, 1) else raw[key]
-    for key, array in raw.items():
-        like = raw["observations"].shape if key == "next_observations" else array.shape
-        wrong = array.shape[:1] != rows or array.ndim != (1 if key in KEYS[2:] else 2) or array.shape != like
-        if wrong or 0 in array.shape[1:] or array.dtype.kind not in "fiub":
-            shapes = f"shape {array.shape}, but actions has {raw['actions'].shape}"
-            raise UserError(f"{path}: {key} has type {array.dtype} and {shapes}")
+def check_arrays(raw: dict[str, np.ndarray], path: Path) -> None:
+    """Says in one sentence what is wrong with the raw arrays; [N, 1] columns become [N]."""
+    missing = [name for name in ARRAYS if name not in raw]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: it must hold {', '.join(ARRAYS)}")
+
+    counts = [raw[name].shape[:1] for name in ("actions", "observations")]
+    rows = max(counts)  # () of a single number
+    for name, array in raw.items():
+        wanted = "two dimensions, rows and entries" if name in MATRICES else "one number per row"
+        if name not in MATRICES and array.shape == (*rows, 1):
+            array = array.squeeze(1)
+            raw[name] = array
+        has = f"{path}: {name} has type {array.dtype} and shape {array.shape}"
+        if array.dtype.kind not in "fiub":
+            raise UserError(f"{has}: it must be an array of numbers")
+        if array.ndim != (2 if name in MATRICES else 1):
+            hint = ""
+            if name in MATRICES and array.ndim == 1:
+                hint = f": make it {name}[:, None] if each row has one entry"
+            raise UserError(f"{has}, but it must have {wanted}{hint}")
+        if 0 in array.shape[1:]:
+            raise UserError(f"{has}, but it must have {wanted}")
+        if array.shape[:1] != rows:
+            raise UserError(f"{has}, but {path.name} has {rows[0]:,} rows")
+        if name == "next_observations" and array.shape != raw["observations"].shape:
+            raise UserError(f"{has}, but observations has {raw['observations'].shape}")
         with np.errstate(over="ignore"):
             finite = np.isfinite(array.astype(np.float32))  # as networks see it
         if not finite.all():
-            raise UserError(f"{path}: {key} has NaN or infinity in row {np.argwhere(~finite)[0][0]}")
-    low, high = np.asarray(facts["act_low"]), np.asarray(facts["act_high"])
-    sizes, env_sizes = [raw[key].shape[1] for key in KEYS[:2]], [facts["obs_dim"], low.size]
-    if facts["env"] and sizes != env_sizes:
-        raise UserError(f"{path}: sizes of observation and action are {sizes}, but {env_sizes} where --env evaluates")
-    margin = 1e-5  # rounding of an action that was stored in another precision
-    if (outside := (raw["actions"] < low - margin) | (raw["actions"] > high + margin)).any():
-        raise UserError(f"{path}: the action in row {np.argwhere(outside)[0][0]} is outside the box of the environment")
-    if rows[0] < 2 or raw["timeouts"].all() or not (raw["terminals"].astype(bool) | raw["timeouts"].astype(bool)).any():
-        raise UserError(f"{path}: not one whole episode, for there is neither a terminal nor a timeout in {rows[0]} rows")
+            row = np.argwhere(~finite)[0][0]
+            raise UserError(f"{path}: {name} has NaN or infinity in row {row}")
+    if not rows or rows[0] < 2:
+        raise UserError(f"{path}: not one whole episode, for there are {rows[0]} rows")
 
 
-def to_transitions(raw: dict[str, np.ndarray], max_step: float | None = None) -> tuple[dict[str, np.ndarray], dict]:
+def check_widths(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
+    obs_dim = raw["observations"].shape[1]
+    act_dim = raw["actions"].shape[1]
+    wanted_obs = facts["obs_dim"] or obs_dim
+    wanted_act = np.size(facts["act_low"]) if facts["box"] != "assumed" else act_dim
+    if (obs_dim, act_dim) != (wanted_obs, wanted_act):
+        raise UserError(
+            f"{path}: sizes of observation and action are [{obs_dim}, {act_dim}], but"
+            f" [{wanted_obs}, {wanted_act}] in the environment of --env"
+        )
+
+
+def check_same_box(dataset_id: str, data: dict, env: dict) -> None:
+    """Data that were recorded in other bounds than the environment's would be rescaled wrongly."""
+    for side in ("act_low", "act_high"):
+        same_size = len(data[side]) == len(env[side])
+        if not same_size or not np.allclose(data[side], env[side], rtol=1e-5, atol=1e-6):
+            raise UserError(
+                f"{dataset_id} has {box_text(data)}, but {env['evaluation']} has {box_text(env)}:"
+                " record it in the environment's own bounds, or train with --no-eval"
+            )
+
+
+def check_actions(actions: np.ndarray, facts: dict, path: Path) -> None:
+    """Actions may leave their box by rounding alone."""
+    low = np.asarray(facts["act_low"])
+    high = np.asarray(facts["act_high"])
+    actions = actions.astype(np.float64)
+    distance = np.maximum(low - actions, actions - high)  # outside of the box where positive
+    outside = np.argwhere(distance > 1e-5)
+    if len(outside) == 0:
+        return
+    row, entry = outside[0]
+    whose = f"the box of the {facts['box']}"
+    if facts["box"] == "assumed":
+        whose = "the box that is assumed without an environment"
+    lows = f"{low.min():g}" if low.min() == low.max() else low.tolist()
+    highs = f"{high.min():g}" if high.min() == high.max() else high.tolist()
+    raise UserError(
+        f"{path}: the action in row {row} is outside of {box_text(facts)}, {whose}: entry {entry}"
+        f" is {actions[row, entry]:g}, and {len(np.unique(outside[:, 0])):,} rows are outside by"
+        f" up to {distance.max():g}; to clip them: actions = np.clip(actions, {lows}, {highs})"
+    )
+
+
+def to_transitions(
+    raw: dict[str, np.ndarray], max_step: float | None = None
+) -> tuple[dict[str, np.ndarray], dict]:
     """D4RL's Q-learning view (d4rl.qlearning_dataset) and the counts that describe the file.
 
-    A timeout is not a terminal. Without next_observations the next observation is the following row's, so rows cut by a
-    timeout and the last row are dropped; at a terminal it is another episode's first, which not_done = 0 hides.
-    max_step drops the rows that jump farther than this in x and y, the first two of an observation.
+    A timeout is not a terminal. Without next_observations the next observation is the following
+    row's, so rows cut by a timeout and the last row are dropped; at a terminal it is another
+    episode's first, which not_done = 0 hides. max_step drops rows that jump farther in x and y,
+    the first two of an observation, as AntMaze-v0 does not mark where its episodes begin.
+
+    Flags end trajectories, and so does a row that is dropped. Where next_observations show that
+    rows follow each other, one that does not begin where the row before it ended is a start.
     """
-    obs, terminal, timeout = (raw[key] for key in ("observations", "terminals", "timeouts"))
-    terminal, timeout = terminal.astype(bool), timeout.astype(bool)
+    obs = raw["observations"]
+    num_rows = len(obs)
+    terminal = raw["terminals"].astype(bool)
+    timeout = np.zeros(num_rows, bool)
+    if "timeouts" in raw:
+        timeout = raw["timeouts"].astype(bool)
+    flagged = terminal | timeout
+    if "episode_ends" in raw:
+        flagged = flagged | raw["episode_ends"]
+
+    # which rows are transitions
+    keep = np.ones(num_rows, bool)
     if "next_observations" in raw:
-        next_obs, keep = raw["next_observations"], np.ones(len(obs), bool)
+        next_obs = raw["next_observations"]
     else:
-        next_obs, keep = np.roll(obs, -1, axis=0), ~timeout
+        next_obs = np.roll(obs, -1, axis=0)
+        keep = ~timeout
         keep[-1] = False
-    jump = np.zeros(len(obs), bool)
+    jump = np.zeros(num_rows, bool)
     if max_step is not None:
-        jump = keep & ~terminal & (np.linalg.norm(next_obs[:, :2] - obs[:, :2], axis=1) > max_step)
-    keep &= ~jump
-    arrays = {"obs": obs, "act": raw["actions"], "rew": raw["rewards"], "next_obs": next_obs, "not_done": ~terminal}
-    arrays = {key: np.ascontiguousarray(array[keep], dtype=np.float32) for key, array in arrays.items()}
-    breaks = np.linalg.norm(arrays["obs"][1:] - arrays["next_obs"][:-1], axis=1) > 1e-6  # the authors' rule: DAC, QDQ
-    ends = (terminal | timeout)[keep] | np.r_[breaks, True]
-    stops = np.flatnonzero(terminal | timeout) + 1  # whole episodes only: an unfinished tail has no return
-    returns = np.add.reduceat(raw["rewards"].astype(np.float64)[: stops[-1]], np.r_[0, stops[:-1]])
-    counts = {"rows": len(obs), "dropped": int((~keep).sum()), "transitions": int(keep.sum()), "episodes": len(stops)}
-    counts |= {"terminals": int(terminal.sum()), "timeouts": int(timeout.sum()), "jumps": int(jump.sum())}
-    counts |= {"mean_return": float(returns.mean())}
-    return arrays | {"ends": ends}, counts
+        distance = np.linalg.norm(next_obs[:, :2] - obs[:, :2], axis=1)
+        jump = keep & ~terminal & (distance > max_step)
+        keep = keep & ~jump
+    columns = {
+        "obs": obs,
+        "act": raw["actions"],
+        "rew": raw["rewards"],
+        "next_obs": next_obs,
+        "not_done": ~terminal,
+    }
+    arrays = {}
+    for name, column in columns.items():
+        arrays[name] = np.ascontiguousarray(column[keep], dtype=np.float32)
+
+    # where trajectories end
+    kept = np.flatnonzero(keep)
+    ends = flagged[keep]
+    ends[:-1] |= np.diff(kept) > 1  # the next row was dropped
+    ends[-1:] = True
+    stop = flagged.copy()  # rows that end an episode
+    ends_from = "flags"
+    if "next_observations" in raw and "episode_ends" not in raw:
+        step = np.linalg.norm(arrays["obs"][1:] - arrays["next_obs"][:-1], axis=1)
+        unflagged = ~ends[:-1]
+        breaks = unflagged & (step > 1e-6)
+        if breaks.sum() <= unflagged.sum() / 2:  # else the two are measured differently
+            ends[:-1] |= breaks
+            if not timeout.any():  # cut episodes were not flagged
+                stop[kept[:-1][breaks]] = True
+            if breaks.any():
+                ends_from = f"flags and {breaks.sum():,} rows that the next one does not follow"
+    if "timeouts" not in raw:
+        ends_from = "terminals alone, as there are no timeouts: a cut episode runs into the next"
+        if "next_observations" in raw:
+            ends_from = (
+                f"terminals and {stop.sum() - terminal.sum():,} rows that the next one does not"
+                " follow, as there are no timeouts"
+            )
+
+    # whole episodes only: an unfinished tail has no return
+    if "episode_ends" in raw:
+        stop = raw["episode_ends"]
+        unmarked = int((stop & ~terminal & ~timeout).sum())
+        if unmarked:
+            ends_from = f"Minari's episodes, {unmarked:,} of which end without a flag"
+    stops = np.flatnonzero(stop) + 1
+    mean_return = 0.0
+    if len(stops):
+        rewards = raw["rewards"].astype(np.float64)[: stops[-1]]
+        starts = np.r_[0, stops[:-1]]
+        mean_return = float(np.add.reduceat(rewards, starts).mean())
+    counts = {
+        "rows": num_rows,
+        "dropped": int((~keep).sum()),
+        "transitions": int(keep.sum()),
+        "trajectories": int(ends.sum()),
+        "episodes": len(stops),
+        "terminals": int(terminal.sum()),
+        "timeouts": int(timeout.sum()),
+        "jumps": int(jump.sum()),
+        "mean_return": mean_return,
+        "ends_from": ends_from,
+    }
+    return {**arrays, "ends": ends}, counts
 
 
 def describe(info: dict) -> str:
     """What every run prints first: which data this is, and where the policy is evaluated."""
-    score = "no reference returns" if info["mean_score"] is None else f"normalised score {info['mean_score']:.1f}"
-    names = ("rows", "dropped", "transitions", "episodes", "terminals", "timeouts", "jumps")
-    counts = [f"{info[name]:,} {name}" for name in names if name != "jumps" or info[name]]
-    spec = env_spec(info["env"]) if info["env"] else None
-    place = f"{spec.id}, {spec.max_episode_steps} steps at most" if spec else "none"
-    preset = "" if info["preset"] else "\npreset      none for this task: the defaults of --help"
-    versions = ", ".join(" ".join(item) for item in info["versions"].items())
-    return f"""dataset     {info["id"]} (SHA-256 {info["sha256"][:12]}, {info["file"]})
-            {", ".join(counts)}
-            mean episode return {info["mean_return"]:.1f}, {score}
-evaluation  {place} ({versions}){preset}"""
+    names = ["rows", "dropped", "transitions", "trajectories", "episodes", "terminals", "timeouts"]
+    if info["jumps"]:
+        names.append("jumps")
+    counts = ", ".join(f"{info[name]:,} {name}" for name in names)
+    score = "no reference returns"
+    if info["mean_score"] is not None:
+        score = f"normalised score {info['mean_score']:.1f}"
+    versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
+
+    lines = [
+        f"dataset     {info['id']} (SHA-256 {info['sha256'][:12]}, {info['file']})",
+        f"            {counts}",
+        f"            mean episode return {info['mean_return']:.1f}, {score}",
+    ]
+    if info["ends_from"] != "flags":
+        lines.append(f"            ends of trajectories from {info['ends_from']}")
+    if info["box"] == "assumed":
+        lines.append("actions     taken to be in [-1, 1]: no environment is known that says more")
+    else:
+        lines.append(f"actions     {box_text(info)}, the box of the {info['box']}")
+    if info["act_used"] < 0.55:
+        lines.append(
+            f"            they fill at most {100 * info['act_used']:.0f} % of it: if they were"
+            " recorded in other units, rescale them first"
+        )
+    lines.append(f"evaluation  {info['evaluation']} ({versions})")
+    if info["env"] and info["halved_margins"]:
+        lines.append(
+            "            geom margins halved: MuJoCo 3.5 and later add those of two geoms, where"
+            " D4RL's took the larger"
+        )
+    if int(info["versions"]["mujoco"].split(".")[0]) > 3:
+        lines.append(
+            f"warning     MuJoCo {info['versions']['mujoco']} is newer than the one in"
+            " requirements.txt: Hopper agrees with it, the ant of AntMaze nearly"
+        )
+    if not info["preset"]:
+        lines.append("preset      none for this task: the defaults of --help")
+    return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluation
+def box_text(facts: dict) -> str:
+    low = np.asarray(facts["act_low"])
+    high = np.asarray(facts["act_high"])
+    text = f"{low.size} in [{low.min():g}, {high.max():g}]"
+    if low.min() < low.max() or high.min() < high.max():
+        text += " at the widest"
+    return text
+
+
+def size_text(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size}".strip() for name, size in sizes.items())
+
+
+# ------------------------------------------------------------- environments
+
+
+def import_module_of(env: str) -> str:
+    """MODULE:NAME, as Gymnasium has it, imports the module that registers NAME; returns NAME.
+
+    Only for what the user typed: nothing is imported because a file or a checkpoint says so.
+    """
+    module, colon, name = env.rpartition(":")
+    if colon:
+        with explained(f"--env {env}: {module} cannot be imported; is it on PYTHONPATH?"):
+            importlib.import_module(module)
+    return name
+
+
+def task_facts(env: str, need_env: bool = True) -> dict:
+    """Environment, sizes, action bounds and reference returns of a task or a Gymnasium id.
+
+    The user typed it: of MODULE:NAME the module is imported.
+    """
+    import_module_of(env)
+    robot = d4rl_robot(env)
+    env_id = EVALUATION_ENVS.get(robot, env)
+    if robot == "antmaze":
+        env_id = f"D4RLAntMaze-{env.split('-')[1]}-v2"
+    ref_min, ref_max = REFERENCE_RETURNS.get(robot, (None, None))
+    contacts = robot == "hopper" or env_id.startswith("D4RLAntMaze-")
+    facts = {
+        "env": env_id,
+        "evaluation": "none",
+        "ref_min": ref_min,
+        "ref_max": ref_max,
+        "d4rl_contacts": contacts,
+        "halved_margins": contacts and adds_margins(),
+        "obs_dim": None,
+        "act_low": -1.0,
+        "act_high": 1.0,
+        "box": "assumed",
+    }
+    if need_env:
+        if find_spec(env_id.split(":")[-1]) is None:
+            near = ", ".join(difflib.get_close_matches(env, [*TASKS, *gym.registry])) or "none"
+            raise UserError(
+                f"--env {env} is no task and no Gymnasium id (near it: {near}); --no-eval trains"
+                " without an environment"
+            )
+        known, _ = environment_facts(facts, trial=True)
+        return {**facts, **known}
+
+    # no evaluation, but the bounds of actions are the environment's wherever one is known
+    if find_spec(env_id.split(":")[-1]) is not None:
+        with contextlib.suppress(UserError):  # such as one with other actions than a box
+            known, _ = environment_facts(facts, trial=False)
+            for name in ("act_low", "act_high", "box"):
+                facts[name] = known[name]
+    facts["env"] = None
+    return facts
+
+
+def environment_facts(info: dict, trial: bool) -> tuple[dict, dict[str, int]]:
+    """Facts about an environment that was built, and the sizes of its observation's entries.
+
+    trial: whether to reset it and to take one step, so that what fails then fails at load.
+    """
+    with build_env(info) as env:
+        name = env.spec.id
+        low, high = action_bounds(env.action_space, name)
+        sizes = observation_sizes(env.observation_space, name)
+        if trial:
+            with explained(f"{name}: a first step fails"):
+                obs, _ = env.reset(seed=0)
+                size = flatten(env.observation_space, obs).shape
+                if size != (sum(sizes.values()),):
+                    raise ValueError(f"an observation of shape {np.shape(obs)}")
+                _, reward, *_ = env.step(((low + high) / 2).astype(env.action_space.dtype))
+                if np.shape(reward) != ():
+                    raise ValueError(f"a reward of shape {np.shape(reward)}")
+        arguments = {}
+        registered = gym.registry[name].kwargs
+        for key, value in env_spec(info["env"]).kwargs.items():
+            if key not in registered or registered[key] != value:
+                arguments[key] = value
+        evaluation = f"{name}, {time_limit(env):,} steps at most" if trial else name
+        if arguments:
+            evaluation += f", with {json.dumps(arguments)[:200]}"
+    facts = {
+        "evaluation": evaluation,
+        "obs_dim": sum(sizes.values()),
+        "act_low": low.tolist(),
+        "act_high": high.tolist(),
+        "box": "environment",
+    }
+    return facts, sizes
+
+
+def action_bounds(space: gym.Space, owner: str) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest actions [A] of a box that can be mapped to [-1, 1]."""
+    is_box = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
+    if is_box and len(space.shape) == 1 and space.shape[0] > 0:
+        with np.errstate(over="ignore", invalid="ignore"):
+            width = space.high - space.low
+        if np.isfinite(width).all() and (width > 0).all():
+            return space.low, space.high
+    text = " ".join(str(space).split())[:200]
+    raise UserError(
+        f"{owner}: the action space is {text}, but only bounded boxes will do: a vector of floats"
+        " with low < high in each entry"
+    )
+
+
+def observation_sizes(space: gym.Space, owner: str, name: str = "") -> dict[str, int]:
+    """Entries of an observation by name, in the order of `flatten`; a plain box has one, ''."""
+    if isinstance(space, gym.spaces.Dict):
+        sizes = {}
+        for key in sorted(space):
+            sizes.update(observation_sizes(space[key], owner, f"{name}/{key}".lstrip("/")))
+        return sizes
+    if not isinstance(space, gym.spaces.Box):
+        text = " ".join(str(space).split())[:200]
+        raise UserError(
+            f"{owner}: the observation space {text} is neither a box nor a dictionary of boxes"
+        )
+    return {name: math.prod(space.shape)}
+
+
+def find_spec(name: str) -> gym.envs.registration.EnvSpec | None:
+    """The registered environment of a name; Gymnasium-Robotics' too, where it is installed."""
+    if name not in gym.registry:
+        with contextlib.suppress(Exception):  # Minari's D4RL mazes, hands and kitchen
+            gym.register_envs(importlib.import_module("gymnasium_robotics"))
+    return gym.registry.get(name)
 
 
 def env_spec(env: str) -> gym.envs.registration.EnvSpec:
     """`info["env"]` is a Gymnasium id or, from Minari, the JSON of an environment's specification.
 
-    It can come out of somebody's checkpoint, and an entry point is code: only what is registered here is built.
+    It can come out of somebody's file, and an entry point is code: only what is registered here
+    is built, and a module of MODULE:NAME must have been imported before.
     """
-    with explained((gym.error.Error, ValueError, TypeError, KeyError), f"there is no environment {env:.80}"):
-        spec = gym.envs.registration.EnvSpec.from_json(env) if env.startswith("{") else gym.spec(env)
-    if spec.id not in gym.registry:
-        with contextlib.suppress(ImportError):  # where it is installed: the mazes, hands and kitchen of Minari's D4RL
-            gym.register_envs(importlib.import_module("gymnasium_robotics"))
-    known = gym.registry.get(spec.id)
-    if known is None or known.entry_point != spec.entry_point or spec.additional_wrappers:
-        raise UserError(f"environment {spec.id} is not registered with Gymnasium: install its package, or see --no-eval")
+    if env.startswith("{"):
+        return stored_spec(env)
+    module, _, name = env.rpartition(":")
+    if module and module not in sys.modules:
+        raise UserError(
+            f"environment {env:.80} needs its module, which is imported only when you type it:"
+            f" add --env {env:.80}"
+        )
+    spec = find_spec(name)
+    if spec is None:
+        raise UserError(
+            f"environment {name:.80} is not registered with Gymnasium: install the package that"
+            " has it, or import its module by --env MODULE:NAME"
+        )
     return spec
 
 
-class AntMaze(ant_v5.AntEnv):
-    """D4RL's AntMaze-v2 over Gymnasium's ant: observation qpos [15] and qvel [14], while the goal stays hidden.
+def stored_spec(text: str) -> gym.envs.registration.EnvSpec:
+    """The registered environment with the arguments and the time limit of a specification."""
+    with explained(f"there is no environment {text:.80}"):
+        stored = json.loads(text)
+        name = stored["id"]
+        entry_point = stored["entry_point"]
+        wrappers = stored["additional_wrappers"]
+        arguments = dict(stored["kwargs"])
+        limit = stored["max_episode_steps"]
+        spec = copy.deepcopy(find_spec(name))
+    if spec is None:
+        raise UserError(
+            f"environment {name:.80} is not registered with Gymnasium: install the package that"
+            " has it, or import its module by --env MODULE:DATASET; --no-eval trains without it"
+        )
+    if spec.entry_point != entry_point:
+        raise UserError(
+            f"environment {name:.80} is not registered with Gymnasium as {entry_point!s:.80},"
+            f" but as {spec.entry_point!s:.80}; --no-eval trains without it"
+        )
+    if wrappers:
+        raise UserError(
+            f"environment {name:.80} has wrappers of its own, which are not built from data:"
+            " register the wrapped environment under a name, or train with --no-eval"
+        )
+    if limit is not None:
+        if type(limit) is not int or not 1 <= limit <= MAX_EPISODE_STEPS:
+            raise UserError(
+                f"environment {name:.80}: max_episode_steps is {limit!r:.80}, but must be a whole"
+                f" number from 1 to {MAX_EPISODE_STEPS:,}"
+            )
+        spec.max_episode_steps = limit
+    for key, value in arguments.items():
+        if key == "render_mode" or (key in spec.kwargs and spec.kwargs[key] == value):
+            continue
+        for string in strings_in(value):
+            if re.search(r"[/\\:~]|^\.|\.[A-Za-z]\w*$", string):
+                raise UserError(
+                    f"environment {name:.80}: its argument {key:.80} names the file or module"
+                    f" {string:.80}, which is not loaded because data say so"
+                )
+        spec.kwargs[key] = value
+    skip = spec.kwargs.get("frame_skip", 1)
+    if type(skip) is not int or not 1 <= skip <= MAX_FRAME_SKIP:
+        raise UserError(
+            f"environment {name:.80}: frame_skip is {skip!r:.80}, but must be a whole number from"
+            f" 1 to {MAX_FRAME_SKIP:,}"
+        )
+    return spec
 
-    The origin is the start, x goes with the columns of the maze and y with its rows. Within 0.5 m of the goal, which each reset
-    draws anew in its cell, the reward is 1 and the episode over; everywhere else the reward is 0.
+
+def strings_in(value) -> list[str]:
+    """All strings in nested lists and dictionaries."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if not isinstance(value, list):
+        return []
+    return [string for part in value for string in strings_in(part)]
+
+
+class AntMaze(ant_v5.AntEnv):
+    """D4RL's AntMaze-v2 over Gymnasium's ant: observation qpos [15] and qvel [14], no goal.
+
+    The origin is the start, x goes with the columns of the maze and y with its rows. Within 0.5 m
+    of the goal, which each reset draws anew in its cell, the reward is 1 and the episode is over.
+    Everywhere else the reward is 0.
     """
 
     def __init__(self, maze: str, **kwargs):
-        cells = {(i, j): cell for i, row in enumerate(MAZES[maze].split()) for j, cell in enumerate(row)}
-        where = {cell: np.array(place) for place, cell in cells.items()}  # row and column
+        places = {}
+        walls = []
+        for i, row in enumerate(MAZES[maze].split()):
+            for j, cell in enumerate(row):
+                places[cell] = np.array([j, i])  # x with the columns, y with the rows
+                if cell == "#":
+                    walls.append(places[cell])
+        start = places["R"]
+        self.goal_cell = 4.0 * (places["G"] - start)
+        self.goal = self.goal_cell
+
         tree = ElementTree.parse(Path(ant_v5.__file__).parent / "assets" / "ant.xml")
-        for place in (place for place, cell in cells.items() if cell == "#"):
-            y, x = 4 * (place - where["R"])
-            wall = {"type": "box", "size": "2 2 1", "pos": f"{x} {y} 1", "contype": "1", "conaffinity": "1"}
-            ElementTree.SubElement(tree.find("worldbody"), "geom", wall)
-        self.goal = self.goal_cell = 4.0 * (where["G"] - where["R"])[::-1]  # x, y
-        settings = {"include_cfrc_ext_in_observation": False, "exclude_current_positions_from_observation": False}
+        world = tree.find("worldbody")
+        for place in walls:
+            x, y = 4 * (place - start)
+            wall = {"type": "box", "size": "2 2 1", "pos": f"{x} {y} 1"}
+            wall.update({"contype": "1", "conaffinity": "1"})
+            ElementTree.SubElement(world, "geom", wall)
         with tempfile.TemporaryDirectory() as folder:
-            tree.write(file := Path(folder) / "maze.xml")
-            super().__init__(str(file), terminate_when_unhealthy=False, **settings, **kwargs)
+            file = Path(folder) / "maze.xml"
+            tree.write(file)
+            super().__init__(
+                str(file),
+                terminate_when_unhealthy=False,
+                include_cfrc_ext_in_observation=False,
+                exclude_current_positions_from_observation=False,
+                **kwargs,
+            )
         self.model.opt.timestep = 0.02  # s, five of them per step; Gymnasium has 0.01
         self.model.actuator_gear[:, 0] = 30  # N m at action 1; Gymnasium has 150
-        self.model.geom_solimp[:, :3] = 0.8, 0.8, 0.01
+        self.model.geom_solimp[:, :3] = (0.8, 0.8, 0.01)  # Gymnasium has 0.9, 0.95, 0.001
         self.metadata["render_fps"] = 10
 
     def reset_model(self) -> np.ndarray:
@@ -478,25 +1116,71 @@ class AntMaze(ant_v5.AntEnv):
 
 
 for maze in MAZES:
+    env_id = f"D4RLAntMaze-{maze}-v2"
     steps = 700 if maze == "umaze" else 1000
-    gym.register(f"D4RLAntMaze-{maze}-v2", AntMaze, max_episode_steps=steps, kwargs={"maze": maze})
+    if env_id not in gym.registry:  # a program's module and `common` are two modules
+        gym.register(env_id, AntMaze, max_episode_steps=steps, kwargs={"maze": maze})
+
+
+def adds_margins() -> bool:
+    """Whether this MuJoCo adds the margins of two geoms; before 3.5 the larger one counted."""
+    major, minor = re.findall(r"\d+", mujoco.__version__)[:2]
+    return (int(major), int(minor)) >= (3, 5)
+
+
+@contextlib.contextmanager
+def without_notices() -> Iterator[None]:
+    """Hides that something is old: Gymnasium says it of -v4, MuJoCo of HalfCheetah's model.
+
+    MuJoCo would also write MUJOCO_LOG.TXT into the current folder, at each building.
+    """
+
+    def show(message: str) -> None:
+        if "deprecated" not in message:
+            print(f"MuJoCo: {message}", file=sys.stderr)
+
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(show)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        mujoco.set_mju_user_warning(before)
+
+
+def build_env(info: dict, **kwargs) -> gym.Env:
+    """The environment as it is registered, with D4RL's contacts where the task is D4RL's."""
+    if info["env"] is None:
+        raise UserError("there is no environment to evaluate in: the run was made with --no-eval")
+    spec = env_spec(info["env"])
+    with explained(f"Gymnasium cannot make {spec.id}"), without_notices():
+        env = gym.make(spec, **kwargs)
+    model = getattr(env.unwrapped, "model", None)  # a checkpoint can claim D4RL's contacts anywhere
+    if info.get("d4rl_contacts") and adds_margins() and hasattr(model, "geom_margin"):
+        model.geom_margin[:] *= 0.5
+    return env
+
+
+def time_limit(env: gym.Env) -> int:
+    if env.spec.max_episode_steps is None:
+        raise UserError(f"{env.spec.id} has no time limit, so its episodes may never end")
+    return env.spec.max_episode_steps
 
 
 def make_env(info: dict, **kwargs) -> gym.Env:
-    """The evaluation environment of a dataset: observations flat in the order of `flatten`, actions in [-1, 1]."""
-    if info["env"] is None:
-        raise UserError("there is no environment to evaluate in: the run was trained with --no-eval")
-    spec = env_spec(info["env"])
-    with explained(Exception, f"Gymnasium cannot make {spec.id}"), warnings.catch_warnings(action="ignore"):
-        env = gym.make(spec, **kwargs)  # with arguments out of a file, and without a warning that there are newer ids than -v4
-    if env.spec.max_episode_steps is None:
-        raise UserError(f"{env.spec.id} has no time limit, so its episodes may never end")
-    if not (isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded()):
-        raise UserError(f"{env.spec.id}: the action space is {env.action_space}, but only bounded boxes will do")
+    """The evaluation environment: observations flat in `flatten`'s order, actions in [-1, 1]."""
+    env = build_env(info, **kwargs)
+    time_limit(env)
+    action_bounds(env.action_space, env.spec.id)
     space = env.observation_space
-    flat = gym.spaces.Box(-np.inf, np.inf, flatten(space, space.sample()).shape)
+    size = sum(observation_sizes(space, env.spec.id).values())
+    flat = gym.spaces.Box(-np.inf, np.inf, (size,))
     env = gym.wrappers.TransformObservation(env, lambda obs: flatten(space, obs), flat)
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+# --------------------------------------------------------------- evaluation
 
 
 def normalized_score(returns, info: dict):
@@ -507,69 +1191,35 @@ def normalized_score(returns, info: dict):
 def evaluate(act: Callable, info: dict, episodes: int, seed: int) -> dict[str, np.ndarray]:
     """Plays whole episodes side by side, with one call of `act` per step for all of them.
 
-    act: observations [E, S] -> actions [E, A] in [-1, 1]. Episode i is reset with seed + i and counts until its first end.
-    torch's random numbers depend on `seed` alone and are left as they were. Returns return [E], episode_length [E] and,
-    where the dataset has reference returns, normalized_score [E].
+    act: observations [E, S] -> actions [E, A] in [-1, 1]. Episode i is reset with seed + i and
+    counts until its first end. torch's random numbers depend on `seed` alone and are left as
+    they were. Returns return [E], episode_length [E] and, where there are reference returns,
+    normalized_score [E].
     """
     envs = gym.vector.SyncVectorEnv([lambda: make_env(info)] * episodes)
-    returns, lengths, running = np.zeros(episodes), np.zeros(episodes), np.ones(episodes, bool)
-    with contextlib.closing(envs), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    returns = np.zeros(episodes)
+    lengths = np.zeros(episodes)
+    running = np.ones(episodes, bool)
+    devices = range(torch.cuda.device_count())
+    with contextlib.closing(envs), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        obs, _ = envs.reset(seed=[seed + i for i in range(episodes)])
+        with explained("the environment fails in its reset"):
+            obs, _ = envs.reset(seed=[seed + i for i in range(episodes)])
         while running.any():
-            obs, reward, terminated, truncated, _ = envs.step(act(obs.astype(np.float32)))
+            actions = act(obs.astype(np.float32))
+            with explained("the environment fails in a step"):
+                obs, reward, terminated, truncated, _ = envs.step(actions)
             returns += reward * running
             lengths += running
             running &= ~(terminated | truncated)
     result = {"return": returns, "episode_length": lengths}
-    return result if info["ref_min"] is None else result | {"normalized_score": normalized_score(returns, info)}
-
-
-class Evaluator:
-    """evaluator(agent, episodes, seed) -> Future of `evaluate`'s result: done at once or, with `workers`, by processes beside
-    the training, which take a copy of the agent as it is now. `rebuild()` makes an agent that can load its state."""
-
-    def __init__(self, rebuild: Callable, info: dict, workers: int):
-        self.rebuild, self.info, self.pool = rebuild, info, None
-        if workers:
-            context, precision = multiprocessing.get_context("spawn"), torch.get_float32_matmul_precision()
-            self.pool = ProcessPoolExecutor(workers, context, initializer=follow_parent, initargs=(precision,))
-
-    def __call__(self, agent: object, episodes: int, seed: int) -> Future:
-        if self.pool:
-            torch.save(agent.state_dict(), state := io.BytesIO())
-            handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-            try:  # a process that this starts ignores them from its beginning
-                return self.pool.submit(evaluate_copy, self.rebuild, state.getvalue(), self.info, episodes, seed)
-            finally:
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
-        future = Future()
-        future.set_result(evaluate(agent.act, self.info, episodes, seed))
-        return future
-
-    def close(self) -> None:
-        if self.pool:
-            self.pool.shutdown()
-
-
-def evaluate_copy(rebuild: Callable, state: bytes, info: dict, episodes: int, seed: int) -> dict[str, np.ndarray]:
-    agent = rebuild()
-    agent.load_state_dict(torch.load(io.BytesIO(state), map_location="cpu", weights_only=True))
-    return evaluate(agent.act, info, episodes, seed)
-
-
-def follow_parent(precision: str) -> None:
-    """A process that evaluates leaves signals to the group to its parent, does not outlive it, and computes as it does."""
-    os.setpgrp()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    torch.set_float32_matmul_precision(precision)
+    if info["ref_min"] is not None:
+        result["normalized_score"] = normalized_score(returns, info)
+    return result
 
 
 # ------------------------------------------------------------------ program
 
-VERSIONS = ("python", "torch", "numpy", "gymnasium", "mujoco", "minari")
 VIDEO_ENDINGS = (".mp4", ".mkv", ".mov", ".avi")
 CHECKPOINT_FORM = {
     "algorithm": str,
@@ -790,15 +1440,6 @@ class FinitePolicy:
         return actions
 
 
-def current_version(package: str) -> str:
-    if package == "python":
-        return sys.version.split()[0]
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
 def trained_version(package: str, info: dict) -> str:
     versions = info.get("versions")
     if not isinstance(versions, dict):
@@ -810,7 +1451,7 @@ def print_versions(trained: dict) -> None:
     """The versions of now beside those of the training."""
     print(f"versions    {'':12}{'now':16}training")
     for package in VERSIONS:
-        now = current_version(package)
+        now = running_version(package)
         then = trained_version(package, trained)
         mark = "" if now == then else "  (differs)"
         print(f"            {package:12}{now:16}{then}{mark}")
@@ -823,7 +1464,7 @@ def mujoco_notes(env: gym.Env, trained: dict, info: dict) -> list[str]:
     """
     model = getattr(env.unwrapped, "model", None)
     then = re.match(r"(\d+)\.(\d+)", trained_version("mujoco", trained))
-    now = re.match(r"(\d+)\.(\d+)", current_version("mujoco"))
+    now = re.match(r"(\d+)\.(\d+)", running_version("mujoco"))
     if not hasattr(model, "geom_margin") or then is None or now is None:
         return []
     then = (int(then[1]), int(then[2]))
@@ -915,27 +1556,15 @@ def render(env: gym.Env) -> np.ndarray:
 def describe_dataset(env: str, data: str) -> None:
     """Prints what `load_dataset` says, the spaces, and a histogram of the returns."""
     try:
-        arrays, info = load_dataset(env, data)
+        arrays, _ = load_dataset(env, data)
     except UserError as error:
         if strip_version(env) in TASKS:  # which always have an environment
             raise
-        arrays, info = load_dataset(env, data, need_env=False)
+        arrays, _ = load_dataset(env, data, need_env=False)
         print(f"            {str(error).removeprefix('error: ')}")
     obs = arrays["obs"]
-    act = arrays["act"]
-    low = bound(info["act_low"])
-    high = bound(info["act_high"])
     print(f"observation {obs.shape[1]} numbers, {obs.min():.4g} to {obs.max():.4g} in the data")
-    print(f"action      {act.shape[1]} numbers, bounded by {low} and {high}")
     print_returns(arrays["rew"], arrays["ends"])
-
-
-def bound(values: float | list[float]) -> str:
-    """One number where all dimensions have the same bound, else all of them."""
-    numbers = np.unique(values)
-    if len(numbers) == 1:
-        return f"{numbers[0]:g}"
-    return str(values)
 
 
 def print_returns(rew: np.ndarray, ends: np.ndarray) -> None:

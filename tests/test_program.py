@@ -222,7 +222,7 @@ def test_versions_of_the_training_beside_those_of_now(checkpoint, tmp_path, caps
 
 
 def test_another_mujoco_gets_a_sentence(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "current_version", lambda package: "4.0.0")
+    monkeypatch.setattr(common, "running_version", lambda package: "4.0.0")
     checkpoint["info"]["versions"]["mujoco"] = "3.4.0"
     changed = saved(checkpoint, tmp_path)
     program(changed, "--episodes", 1)
@@ -250,7 +250,7 @@ def test_another_mujoco_gets_a_sentence(checkpoint, tmp_path, monkeypatch, capsy
     ],
 )
 def test_notes_on_mujoco(env, then, now, messages, monkeypatch):
-    monkeypatch.setattr(common, "current_version", lambda package: now)
+    monkeypatch.setattr(common, "running_version", lambda package: now)
     trained = {"versions": {"mujoco": then}}
     with common.make_env({"env": env}) as built:
         notes = common.mujoco_notes(built, trained, {})
@@ -272,7 +272,7 @@ def test_notes_on_mujoco(env, then, now, messages, monkeypatch):
 def test_restored_contacts_are_those_of_d4rl(
     then, trained_restored, now, now_restored, same, monkeypatch
 ):
-    monkeypatch.setattr(common, "current_version", lambda package: now)
+    monkeypatch.setattr(common, "running_version", lambda package: now)
     trained = {"versions": {"mujoco": then}, "d4rl_contacts": trained_restored}
     with common.make_env({"env": "Hopper-v4"}) as built:
         notes = common.mujoco_notes(built, trained, {"d4rl_contacts": now_restored})
@@ -529,7 +529,7 @@ def test_the_description_of_a_dataset(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "file/a.hdf5" in out and "10 episodes" in out
     assert "observation 11 numbers, -2 to 3 in the data" in out
-    assert "action      3 numbers, bounded by -1 and 1" in out
+    assert "actions     3 in [-1, 1], the box of the environment" in out
     expected = "min 0.00, quartiles 5.25 20.50 45.75, mean 28.50, max 81.00"  # of 0, 1, 4, ..., 81
     assert f"returns     of 10 trajectories, without the dropped rows: {expected}" in out
     bins = [line.split() for line in out.splitlines()[-10:]]
@@ -541,12 +541,6 @@ def test_the_description_of_a_dataset(tmp_path, capsys):
 def test_one_return_alone_has_a_histogram(capsys):
     common.print_returns(np.ones(5, np.float32), np.array([0, 0, 0, 0, 1], bool))
     assert "min 5.00" in capsys.readouterr().out
-
-
-def test_action_bounds_of_each_dimension():
-    assert common.bound(-1.0) == "-1"
-    assert common.bound([0.4, 0.4]) == "0.4"
-    assert common.bound([1.0, 2.5]) == "[1.0, 2.5]"
 
 
 def test_a_dataset_without_an_environment(dataset, capsys):

@@ -1,4 +1,4 @@
-"""Every task name and a Minari dataset of each kind through the three scripts, from the file to the paper's metric."""
+"""Every task name and each kind of Minari dataset through the three scripts, file to score."""
 
 import csv
 import json
@@ -13,12 +13,15 @@ import cped
 import dac
 import qdq
 
-SMALL = {  # networks and stages as short as they get; the published settings of the task otherwise
+SMALL = {  # small networks, short stages; the published settings of the task otherwise
     dac: "--hidden-dim 16 --num-critics 2",
-    qdq: "--hidden-dim 32 --num-samples 2 --teacher-steps 2 --student-steps 2",
+    qdq: "--hidden-dim 64 --num-samples 2 --teacher-steps 2 --student-steps 2",
     cped: "--hidden-dim 16 --flow-hidden-dim 8 --flow-steps 2 --critic-start 1 --actor-q-start 2",
 }
-SMALL = {script: f"{flags} --total-steps 4 --eval-episodes 2 --log-every 2" for script, flags in SMALL.items()}
+SMALL = {
+    script: f"{flags} --total-steps 4 --eval-episodes 2 --final-episodes 2 --log-every 2"
+    for script, flags in SMALL.items()
+}
 
 
 def train(script, env: str, folder, *more: str) -> tuple[dict, dict]:
@@ -32,7 +35,10 @@ def train(script, env: str, folder, *more: str) -> tuple[dict, dict]:
 @pytest.fixture
 def short_episodes(monkeypatch):
     """The real environments, but 20 steps long."""
-    for env_id in [*common.EVALUATION_ENVS.values(), *(f"D4RLAntMaze-{maze}-v2" for maze in common.MAZES)]:
+    for env_id in [
+        *common.EVALUATION_ENVS.values(),
+        *(f"D4RLAntMaze-{maze}-v2" for maze in common.MAZES),
+    ]:
         monkeypatch.setattr(gym.registry[env_id], "max_episode_steps", 20)
 
 
@@ -49,12 +55,18 @@ def test_every_task_is_trained_and_scored(script, task, tmp_path, short_episodes
     result, row = train(script, task, tmp_path, "--data", str(path))
     low, high = common.REFERENCE_RETURNS[task.split("-")[0]]
     assert result["dataset"] == "file/data.hdf5"
-    assert result["last_score"] == pytest.approx(100 * (float(row["eval/return"]) - low) / (high - low))
+    score = 100 * (float(row["eval/return"]) - low) / (high - low)
+    assert result["normalized_score_last_5"] == pytest.approx(score)  # there is one evaluation
+    final = 100 * (result["final_return"] - low) / (high - low)
+    assert result["final_normalized_score"] == pytest.approx(final)
     if task.startswith("antmaze"):  # nobody reaches the goal in 20 steps
-        assert result["last_score"] == 0 and float(row["eval/episode_length"]) == 20
+        assert score == final == 0 and float(row["eval/episode_length"]) == 20
 
 
-@pytest.mark.parametrize(("task", "skipped", "clipped"), [("hopper", 1, 10), ("halfcheetah", 1, np.inf), ("walker2d", 1, 10)])
+@pytest.mark.parametrize(
+    ("task", "skipped", "clipped"),
+    [("hopper", 1, 10), ("halfcheetah", 1, np.inf), ("walker2d", 1, 10)],
+)
 def test_locomotion_observations_are_the_state_of_the_simulator(task, skipped, clipped):
     """All positions but x, then all velocities, clipped to 10 for hopper and walker2d."""
     with common.make_env(common.task_facts(f"{task}-medium", need_env=True)) as env:
@@ -62,12 +74,14 @@ def test_locomotion_observations_are_the_state_of_the_simulator(task, skipped, c
         env.action_space.seed(0)
         for _ in range(10):
             data = env.unwrapped.data
-            np.testing.assert_array_equal(obs, np.r_[data.qpos[skipped:], data.qvel.clip(-clipped, clipped)])
+            np.testing.assert_array_equal(
+                obs, np.r_[data.qpos[skipped:], data.qvel.clip(-clipped, clipped)]
+            )
             obs, *_ = env.step(env.action_space.sample())
 
 
 class Corridor(gym.Env):
-    """A point on a line that is pushed to a goal, with a dictionary as observation, like Minari's mazes."""
+    """A point on a line that is pushed to a goal; its observation is a dictionary, as in mazes."""
 
     observation_space = gym.spaces.Dict(
         observation=gym.spaces.Box(-np.inf, np.inf, (2,)),
@@ -109,8 +123,14 @@ def collect_minari(dataset_id: str, env: gym.Env, **metadata) -> None:
             next_obs, *rest = env.step(action)
             obs.append(next_obs)
             steps.append((action, *rest[:3]))
-        columns = dict(zip(("actions", "rewards", "terminations", "truncations"), map(np.array, zip(*steps))))
-        obs = {key: np.array([o[key] for o in obs]) for key in obs[0]} if isinstance(obs[0], dict) else np.array(obs)
+        columns = dict(
+            zip(("actions", "rewards", "terminations", "truncations"), map(np.array, zip(*steps)))
+        )
+        obs = (
+            {key: np.array([o[key] for o in obs]) for key in obs[0]}
+            if isinstance(obs[0], dict)
+            else np.array(obs)
+        )
         buffers.append(minari.data_collector.EpisodeBuffer(observations=obs, **columns))
     minari.create_dataset_from_buffers(dataset_id, buffers, env=env, **metadata)
 
@@ -118,27 +138,42 @@ def collect_minari(dataset_id: str, env: gym.Env, **metadata) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("script", SMALL)
 @pytest.mark.parametrize("kind", ["locomotion", "maze", "other"])
-def test_every_kind_of_minari_dataset_is_trained_and_scored(script, kind, tmp_path, monkeypatch, capsys):
+def test_every_kind_of_minari_dataset_is_trained_and_scored(
+    script, kind, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     (tmp_path / "minari").mkdir()
     env, metadata = {
-        "locomotion": (gym.make("Hopper-v5", max_episode_steps=30), {}),  # no reference returns, as Minari's mujoco
-        "maze": (gym.make("Corridor-v0"), {"ref_min_score": 0.0, "ref_max_score": 2.0}),  # as Minari's D4RL
+        "locomotion": (
+            gym.make("Hopper-v5", max_episode_steps=30),
+            {},
+        ),  # no reference returns, as Minari's mujoco
+        "maze": (
+            gym.make("Corridor-v0"),
+            {"ref_min_score": 0.0, "ref_max_score": 2.0},
+        ),  # as Minari's D4RL
         "other": (gym.make("Pendulum-v1", max_episode_steps=15), {}),
     }[kind]
     collect_minari(f"tests/{kind}-v0", env, **metadata)
     result, row = train(script, f"tests/{kind}-v0", tmp_path / "runs")
     out = capsys.readouterr().out
-    assert "preset      none for this task" in out and f"minari/tests/{kind}-v0" in out and " 0 dropped" in out
+    assert (
+        "preset      none for this task" in out
+        and f"minari/tests/{kind}-v0" in out
+        and " 0 dropped" in out
+    )
     if kind == "maze":  # twice the return in percent of 2
-        assert result["last_score"] == pytest.approx(50 * float(row["eval/return"]))
+        score = 50 * float(row["eval/return"])
+        assert result["normalized_score_last_5"] == pytest.approx(score)
         assert float(row["eval/episode_length"]) == 15
     else:  # raw returns, never D4RL's reference
-        assert row.get("eval/normalized_score", "") == "" and result["last_score"] == float(row["eval/return"])
+        assert row.get("eval/normalized_score", "") == ""
+        assert not [name for name in result if "score" in name]
+        assert result["return_last_5"] == float(row["eval/return"])
 
 
 def test_dictionary_observations_come_in_one_order():
-    """Sorted keys: achieved goal, desired goal, observation, though this space has another order."""
+    """Sorted keys: achieved goal, desired goal, observation; this space has another order."""
     assert next(iter(Corridor.observation_space)) == "observation"
     info = common.task_facts("Corridor-v0", need_env=True)
     with common.make_env(info) as env:
@@ -148,21 +183,25 @@ def test_dictionary_observations_come_in_one_order():
             np.testing.assert_allclose(obs, [corridor.x, 1, corridor.x, corridor.v], rtol=1e-6)
             v = corridor.v
             obs, *_ = env.step(np.array([push], np.float32))
-            assert corridor.v == pytest.approx(v + 0.4 * push)  # [-1, 1] is the whole range of the environment's actions
+            assert corridor.v == pytest.approx(
+                v + 0.4 * push
+            )  # [-1, 1] is the whole range of the environment's actions
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_dataset_with_discrete_actions_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     collect_minari("tests/pole-v0", gym.make("CartPole-v1", max_episode_steps=5))
-    with pytest.raises(common.UserError, match=r"action space is Discrete\(2\), but only bounded boxes"):
+    with pytest.raises(
+        common.UserError, match=r"action space is Discrete\(2\), but only bounded boxes"
+    ):
         common.load_dataset("tests/pole-v0")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("script", SMALL)
 def test_minaris_antmaze(script, tmp_path, monkeypatch):
-    """As D4RL/antmaze/*-v1: Gymnasium-Robotics' ant, 27 observations between goals, and a task that goes on after success.
+    """As D4RL/antmaze/*-v1: Gymnasium-Robotics' ant, and a task that goes on after success.
 
     Dense rewards in place of sparse ones, for nobody reaches the goal in 15 steps.
     """
@@ -171,14 +210,21 @@ def test_minaris_antmaze(script, tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     (tmp_path / "minari").mkdir()
     collect_minari(
-        "tests/antmaze-v1", gym.make("AntMaze_UMazeDense-v4", max_episode_steps=15), ref_min_score=0.0, ref_max_score=1.0
+        "tests/antmaze-v1",
+        gym.make("AntMaze_UMazeDense-v4", max_episode_steps=15),
+        ref_min_score=0.0,
+        ref_max_score=1.0,
     )
     result, row = train(script, "tests/antmaze-v1", tmp_path / "runs")
-    assert result["dataset"] == "minari/tests/antmaze-v1" and float(row["eval/episode_length"]) == 15
+    assert (
+        result["dataset"] == "minari/tests/antmaze-v1" and float(row["eval/episode_length"]) == 15
+    )
     arrays, info = common.load_dataset("tests/antmaze-v1")
     with common.make_env(info) as env:
         obs, _ = env.reset(seed=0)
         data = env.unwrapped.ant_env.data
         goal = env.unwrapped.goal
-        np.testing.assert_allclose(obs, np.r_[data.qpos[:2], goal, data.qpos[2:], data.qvel], rtol=1e-6)
+        np.testing.assert_allclose(
+            obs, np.r_[data.qpos[:2], goal, data.qpos[2:], data.qvel], rtol=1e-6
+        )
     assert arrays["obs"].shape[1] == len(obs) == 31
