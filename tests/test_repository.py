@@ -97,18 +97,17 @@ each_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 def definitions(script: str) -> dict[str, str]:
-    """Source of each function and class at the top level, and of each method as Class.method."""
+    """Lines of each function and class at the top level, and of each method as Class.method."""
     source = (ROOT / script).read_text()
-    found = {}
+    lines = source.splitlines()
+    nodes = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found[node.name] = ast.get_source_segment(source, node)
+            nodes[node.name] = node
         if isinstance(node, ast.ClassDef):
-            for part in node.body:
-                if isinstance(part, ast.FunctionDef):
-                    name = f"{node.name}.{part.name}"
-                    found[name] = ast.get_source_segment(source, part)
-    return found
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            nodes.update({f"{node.name}.{part.name}": part for part in methods})
+    return {name: "\n".join(lines[n.lineno - 1 : n.end_lineno]) for name, n in nodes.items()}
 
 
 @each_script
