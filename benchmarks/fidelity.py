@@ -1,6 +1,6 @@
 """Draws the authors' DAC beside ours, and ours with the published ten critics.
 
-    python benchmarks/fidelity.py    # two-critics.svg and ten-critics.svg in results/fidelity
+python benchmarks/fidelity.py    # two-critics.svg and ten-critics.svg in results/fidelity
 """
 
 import csv
@@ -10,8 +10,8 @@ import matplotlib
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "fidelity"  # the same tables give the same file
-import matplotlib.pyplot as plt
-from matplotlib.ticker import EngFormatter
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import EngFormatter  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent / "results" / "fidelity"
 DATA_MEAN = 17.7  # normalised score of the data's episodes

@@ -1,7 +1,8 @@
 import dataclasses
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait leave the core to the others
+# before torch: threads that wait leave the core to the others
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import h5py
 import numpy as np
@@ -12,18 +13,26 @@ import cped
 import dac
 import qdq
 
-torch.set_num_threads(1)  # the matrices of the tests are small; more threads only wait for each other
+# the matrices of the tests are small; more threads only wait for each other
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--compile", action="store_true", help="also the slow tests of compiled updates; the check numbers compiled")
+    parser.addoption(
+        "--compile",
+        action="store_true",
+        help="also the slow tests of compiled updates; the check numbers compiled",
+    )
 
 
 def pytest_configure(config):
-    if config.getoption("--compile"):
-        for script in (dac, qdq, cped):
-            names, init = [field.name for field in dataclasses.fields(script.Args)], script.Args.__init__
-            init.__defaults__ = tuple(name == "compile" or default for name, default in zip(names, init.__defaults__))
+    if not config.getoption("--compile"):
+        return
+    for script in (dac, qdq, cped):  # Args() then has compile=True
+        names = [field.name for field in dataclasses.fields(script.Args)]
+        defaults = list(script.Args.__init__.__defaults__)
+        defaults[names.index("compile")] = True
+        script.Args.__init__.__defaults__ = tuple(defaults)
 
 
 @pytest.fixture
@@ -34,8 +43,10 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-def make_raw(rows: int = 600, obs_dim: int = 11, act_dim: int = 3, episode: int = 50, seed: int = 0) -> dict[str, np.ndarray]:
-    """Raw arrays in D4RL's layout; every second episode ends in a terminal, the others in a timeout."""
+def make_raw(
+    rows: int = 600, obs_dim: int = 11, act_dim: int = 3, episode: int = 50, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Raw arrays in D4RL's layout; episodes end by a terminal and by a timeout in turn."""
     rng = np.random.default_rng(seed)
     ends = np.arange(1, rows + 1) % episode == 0
     odd = (np.arange(rows) // episode) % 2 == 1
