@@ -10,14 +10,14 @@ chain.
     python dac.py --env hopper-medium-replay --quick    # five minutes on a laptop
     python dac.py --resume runs/hopper-medium/dac/seed0-20260101-120000
 
-Where paper and released code differ, this file follows the code, which produced the
-published numbers:
+Where paper and released code differ, or where the paper leaves a choice, this file follows
+the code, which produced the published numbers:
 
  1. Losses are means over batch and action dimensions. The threshold b only has its
     meaning with that convention.
- 2. Eq. 15's square is expanded. Its cross term has no factor 2, so the optimum is
-    eps - sqrt(1 - alpha_bar_t) grad Q / (2 eta), and the square of grad Q is dropped.
- 3. The guidance is divided by the batch mean of |Q|.
+ 2. Eq. 15's square is expanded: the square of grad Q is dropped, and the cross term has no
+    factor 2. The optimum is therefore eps - sqrt(1 - alpha_bar_t) grad Q / (2 eta).
+ 3. Q in the guidance is the mean of the target critics, divided by the batch mean of |Q|.
  4. Each critic sees N next actions per transition and takes their mean (AntMaze: their
     maximum). Algorithm 1 draws one.
  5. eta follows the behaviour loss from before the actor's step, moves by at most eta_lr
@@ -26,7 +26,10 @@ published numbers:
     fifth update, for the first time at the 1006th.
  7. A reverse step has variance beta_t and clips the predicted action to [-1, 1].
  8. The evaluated policy draws 10 actions and takes the best by the target critics.
- 9. Rewards are multiplied by 1000 / (range of trajectory returns).
+ 9. Rewards are multiplied by 1000 / (range of trajectory returns), on AntMaze, too.
+
+Ours is the evaluation: none before the first update, the same episodes for all seeds, 100
+episodes at the end, and on AntMaze 100 episodes every 100,000 updates.
 """
 
 import csv
@@ -61,7 +64,7 @@ from common import evaluate, load_dataset
 
 ALGORITHM = "dac"
 EVAL_SEED = 1_000_000  # plus the update: all runs are evaluated on the same episodes
-FINAL_SEED = 1_000_000_000  # episodes that no evaluation before has seen
+FINAL_SEED = 1_000_000_000  # episodes that no earlier evaluation has used
 MAY_BE_ZERO = ("seed", "actor_target_start")  # all other counts are at least 1
 AT_MOST_ONE = ("discount", "tau")
 RESUME_MAY_CHANGE = (
@@ -91,15 +94,16 @@ EVAL_METRICS = ("eval/return", "eval/normalized_score", "eval/episode_length")
 @dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # task, Minari id or, with a file as data, any Gymnasium id
+    env: str = "hopper-medium"  # task, Minari id, or a Gymnasium id if --data is a file
     data: str = "auto"  # auto, d4rl, minari, bundled, or the path of a file in D4RL's layout
     seed: int = 0  # seed of initialisation, batches and noise; evaluation has its own
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # CUDA if available
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is CUDA if there is a GPU
     compile: bool = False  # compile the losses with torch.compile
     quick: bool = False  # a small protocol of our own, for a machine without a GPU
-    resume: str | None = None  # folder of a run to go on with
+    resume: str | None = None  # folder of the run to continue
     run_dir: str = "runs"  # root folder of all runs
-    total_steps: int = 2_000_000  # updates; also the length of the cosine schedules
+    # updates, and length of the cosine schedules: another value on --resume changes these at once
+    total_steps: int = 2_000_000
     stop_after: int | None = None  # update after which to end early, with a result; resumable
     log_every: int = 1_000  # updates between log rows, which show the newest minibatch
     checkpoint_minutes: float = 5.0  # minutes between checkpoints
@@ -110,42 +114,43 @@ class Args:
 
     # data
 
-    # 1000 r / (range of trajectory returns), r - 1, or r
+    # reward r for the critics: 1000 r / (range of trajectory returns), r - 1, or r
     reward_transform: Literal["return_range", "minus_one", "none"] = "return_range"
     batch_size: int = 256  # transitions per update, B
 
     # optimisation
-    discount: float = 0.99  # gamma
+    discount: float = 0.99  # discount factor gamma
     actor_lr: float = 3e-4  # Adam step size of the actor, cosine to 0
     critic_lr: float = 3e-4  # Adam step size of the critics, cosine to 0
     max_grad_norm: float = 1.0  # largest gradient norm of the actor, and of all critics together
-    tau: float = 0.005  # rate of the target networks
+    tau: float = 0.005  # rate of the targets: target <- (1 - tau) target + tau online
     actor_target_every: int = 5  # updates between steps of the actor's target
-    actor_target_start: int = 1_000  # the actor's target moves only after this update
+    actor_target_start: int = 1_000  # the actor's target stays still through this update, from 0
     hidden_dim: int = 256  # width of the three hidden layers of all networks
 
     # algorithm
-    diffusion_steps: int = 5  # T
-    beta_min: float = 0.1  # lower end of the variance-preserving schedule
-    beta_max: float = 10.0  # upper end of the variance-preserving schedule
-    num_critics: int = 10  # H
+    diffusion_steps: int = 5  # steps of the diffusion, T
+    beta_min: float = 0.1  # noise rate of the variance-preserving schedule at t / T = 0
+    beta_max: float = 10.0  # noise rate of the variance-preserving schedule at t / T = 1
+    num_critics: int = 10  # critics in the ensemble, H
     num_next_actions: int = 10  # next actions per transition in the critic target, N
     next_action_reduce: Literal["mean", "max"] = "mean"  # how a critic's N values become one
     q_target: Literal["lcb", "min"] = "lcb"  # how the H values become one
-    rho: float = 1.0  # width of the lower confidence bound, in standard deviations
-    eta: float = 1.0  # initial weight of the behaviour term
+    rho: float = 1.0  # Q_LCB is the mean minus rho standard deviations of the H critics
+    eta: float = 1.0  # eta, weight of the behaviour term; its initial value
     eta_lr: float = 1e-3  # step size of the dual ascent on eta; 0 keeps eta fixed
     eta_min: float = 1e-3  # lower bound of eta
     eta_max: float = 100.0  # upper bound of eta
-    bc_threshold: float = 1.0  # b, the behaviour loss that the dual ascent aims at
+    # b, the behaviour loss per action dimension that the dual ascent aims at; no noise predicted: 1
+    bc_threshold: float = 1.0
     num_eval_actions: int = 10  # candidates of which the evaluated policy takes the best, K
 
 
-# The evaluation is ours, 100 episodes where the authors have ten every 10,000 updates. So the
-# mean of the last five evaluations spans the updates from 1,600,000 to 2,000,000.
+# The evaluation is ours, 100 episodes every 100,000 updates; the authors' has ten every 10,000.
+# Our mean of the last five evaluations thus covers the updates from 1,600,000 to 2,000,000.
 ANTMAZE = dict(eta=0.1, eta_lr=0.0, next_action_reduce="max", eval_every=100_000, eval_episodes=100)
 
-# The authors' runs.sh (commit e254357).
+# The authors' runs.sh (commit e254357); the defaults above are those of their main.py.
 PRESETS = {
     "hopper-medium": dict(rho=1.5),
     "hopper-medium-replay": dict(rho=1.5),
@@ -184,10 +189,10 @@ QUICK = dict(
 
 
 def mish(x: Tensor) -> Tensor:
-    """x tanh(softplus(x)), with one exponential: on a CPU four times as fast as F.mish."""
+    """x tanh(softplus(x)), with one exponential: on a CPU faster than F.mish."""
     if x.is_cuda:
         return F.mish(x)
-    exp = x.clamp(max=30).exp()
+    exp = x.clamp(max=30).exp()  # beyond 30, mish(x) is x
     w = exp * (exp + 2)
     return x * w / (w + 2)
 
@@ -197,7 +202,7 @@ class NoisePredictor(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, diffusion_steps: int, hidden_dim: int):
         super().__init__()
-        frequency = torch.exp(-torch.arange(8) * math.log(10_000) / 7)  # as in the code
+        frequency = torch.exp(-torch.arange(8) * math.log(10_000) / 7)  # sizes: released code
         angle = torch.arange(diffusion_steps + 1)[:, None] * frequency
         features = torch.cat([angle.cos(), angle.sin()], dim=1)  # [T + 1, 16]
         self.register_buffer("time_features", features, persistent=False)
@@ -212,9 +217,9 @@ class NoisePredictor(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, obs: Tensor, x: Tensor, t: Tensor | int) -> Tensor:
-        code = self.time2(mish(self.time1(self.time_features[t])))
-        code = code.expand(len(obs), -1)  # [B, 32], also where t is one number for all
-        h = mish(self.layer1(torch.cat([obs, x, code], dim=1)))
+        time_embedding = self.time2(mish(self.time1(self.time_features[t])))
+        time_embedding = time_embedding.expand(len(obs), -1)  # [B, 32], also if t is one number
+        h = mish(self.layer1(torch.cat([obs, x, time_embedding], dim=1)))
         h = mish(self.layer2(h))
         h = mish(self.layer3(h))
         return self.out(h)
@@ -252,24 +257,24 @@ class Schedule(NamedTuple):
 
     sqrt_alpha_bar: Tensor
     sqrt_one_minus_alpha_bar: Tensor
-    mean_x0: Tensor  # weight of the predicted action in the posterior mean
-    mean_xt: Tensor  # weight of x_t in the posterior mean
+    weight_x0: Tensor  # weight of the predicted action in the posterior mean
+    weight_xt: Tensor  # weight of x_t in the posterior mean
     sqrt_beta: Tensor  # standard deviation of a reverse step
 
 
 def vp_schedule(diffusion_steps: int, beta_min: float, beta_max: float, device: str) -> Schedule:
     """Variance-preserving: alpha_bar_t = exp(-beta_min t/T - (beta_max - beta_min) (t/T)^2 / 2)."""
-    share = torch.arange(diffusion_steps + 1, dtype=torch.float64) / diffusion_steps  # t / T
-    alpha_bar = torch.exp(-beta_min * share - 0.5 * (beta_max - beta_min) * share**2)
+    fraction = torch.arange(diffusion_steps + 1, dtype=torch.float64) / diffusion_steps  # t / T
+    alpha_bar = torch.exp(-beta_min * fraction - 0.5 * (beta_max - beta_min) * fraction**2)
     previous = torch.cat([alpha_bar[:1], alpha_bar[:-1]])  # alpha_bar_{t-1}
     alpha = alpha_bar / previous
     beta = 1 - alpha
-    variance = (1 - alpha_bar).clamp(min=1e-12)  # t = 0 is never used
+    one_minus_alpha_bar = (1 - alpha_bar).clamp(min=1e-12)  # avoids 0 / 0 at t = 0, never read
     schedule = Schedule(
         sqrt_alpha_bar=alpha_bar.sqrt(),
         sqrt_one_minus_alpha_bar=(1 - alpha_bar).sqrt(),
-        mean_x0=previous.sqrt() * beta / variance,
-        mean_xt=alpha.sqrt() * (1 - previous) / variance,
+        weight_x0=previous.sqrt() * beta / one_minus_alpha_bar,
+        weight_xt=alpha.sqrt() * (1 - previous) / one_minus_alpha_bar,
         sqrt_beta=beta.sqrt(),
     )
     return Schedule(*(constant.to(device, torch.get_default_dtype()) for constant in schedule))
@@ -285,7 +290,7 @@ def add_noise(act: Tensor, t: Tensor, eps: Tensor, schedule: Schedule) -> Tensor
 def sample_actions(eps_net: nn.Module, obs: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:
     """Reverse chain: obs [rows, S] -> actions [rows, A] in [-1, 1]. Call it without gradients.
 
-    noise [T, rows, A] is x_T, then one draw for each step t = T..2.
+    noise [T, rows, A] is x_T, then one draw for each step t = T, ..., 2.
     """
     steps = len(noise)
     x = noise[0]
@@ -294,8 +299,9 @@ def sample_actions(eps_net: nn.Module, obs: Tensor, noise: Tensor, schedule: Sch
         x0 = (x - schedule.sqrt_one_minus_alpha_bar[t] * eps) / schedule.sqrt_alpha_bar[t]
         x0 = x0.clamp(-1, 1)  # deviation 7
         if t > 1:
-            x_mean = schedule.mean_x0[t] * x0 + schedule.mean_xt[t] * x
-            x = x_mean + schedule.sqrt_beta[t] * noise[steps - t + 1]  # deviation 7
+            x_mean = schedule.weight_x0[t] * x0 + schedule.weight_xt[t] * x
+            z = noise[steps - t + 1]  # noise[1] at t = T, noise[T - 1] at t = 2
+            x = x_mean + schedule.sqrt_beta[t] * z  # deviation 7
     return x0  # at t = 1 the posterior mean is the predicted action
 
 
@@ -307,24 +313,24 @@ class Batch(NamedTuple):
     act: Tensor  # [B, A] in [-1, 1]
     rew: Tensor  # [B], transformed
     next_obs: Tensor  # [B, S]
-    not_done: Tensor  # [B], 0 at a terminal, else 1; a timeout is not terminal
+    not_done: Tensor  # [B], 0 if the episode is over, else 1; a timeout is no end
 
 
 class DAC:
-    """Networks, targets, optimisers and eta, and how one batch changes them."""
+    """The networks, their targets, the optimisers and eta; `update` is one training step."""
 
     NETWORKS = ("actor", "actor_target", "critic", "critic_target")
     OPTIMIZERS = ("actor_adam", "critic_adam")
     POLICY = ("actor", "critic_target")  # the networks that act
-    METRICS = (  # of one minibatch, in units of the transformed reward where they are values
+    METRICS = (  # of one minibatch; Q-values are in units of the transformed reward
         "critic_loss",  # mean of (Q_h - y)^2
         "q_mean",  # mean of Q_h over critics and batch
         "q_std",  # standard deviation over the critics, mean over the batch
         "td_target",  # mean of y
         "actor_loss",  # eta bc_loss + guidance_loss
         "bc_loss",  # mean of |eps_hat - eps|^2 per action dimension; b is its threshold
-        "guidance_loss",  # mean of sqrt(1 - alpha_bar_t) grad Q eps_hat, per action dimension
-        "guidance_abs",  # mean of |grad Q|, after the division by |Q|
+        "guidance_loss",  # mean of sqrt(1 - alpha_bar_t) g eps_hat, per action dimension
+        "guidance_abs",  # mean of |g|, where g is grad Q divided by the mean of |Q|
         "eta",  # weight of the behaviour term after this update
     )
 
@@ -355,7 +361,10 @@ class DAC:
 
     @torch.no_grad()
     def td_target(self, batch: Batch, noise: Tensor) -> Tensor:
-        """Target y [B] of Eq. 18: r + gamma not_done Q_LCB(s', a'); noise [T, B N, A] draws a'."""
+        """Target y [B] of Eq. 18: r + gamma not_done Q_LCB(s', a').
+
+        The next actions a' are sampled from noise [T, B N, A].
+        """
         args = self.args
         next_obs = batch.next_obs.repeat_interleave(args.num_next_actions, dim=0)  # [B N, S]
         next_act = sample_actions(self.actor_target, next_obs, noise, self.schedule)
@@ -364,7 +373,7 @@ class DAC:
         if args.next_action_reduce == "mean":
             q = q.mean(dim=2)  # deviation 4
         else:
-            q = q.amax(dim=2)
+            q = q.amax(dim=2)  # deviation 4
         if args.q_target == "lcb":
             value = q.mean(dim=0) - args.rho * q.std(dim=0, unbiased=False)  # Q_LCB
         else:
@@ -372,7 +381,7 @@ class DAC:
         return batch.rew + args.discount * batch.not_done * value  # y of Eq. 18
 
     def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 18: mean over critics and batch of (Q_h(s, a) - y)^2; and metrics."""
+        """Eq. 18: mean over critics and batch of (Q_h(s, a) - y)^2. Returns (loss, metrics)."""
         q = self.critic(batch.obs, batch.act)  # [H, B]
         loss = (q - target).square().mean()  # Eq. 18
         metrics = {
@@ -384,29 +393,32 @@ class DAC:
         return loss, metrics
 
     def q_gradient(self, batch: Batch, x: Tensor) -> Tensor:
-        """Eq. 19: gradient of the mean target critic at x_t [B, A], over the mean of |Q(s, a)|."""
+        """Eq. 19: gradient of the mean target critic with respect to x_t, [B, A].
+
+        It is divided by the batch mean of |Q(s, a)|.
+        """
         x = x.detach().requires_grad_()
         q = self.critic_target(batch.obs, x).mean(dim=0)  # [B]
-        (gradient,) = torch.autograd.grad(q.sum(), x)  # Eq. 19
+        (gradient,) = torch.autograd.grad(q.sum(), x)  # Eq. 19, for each row its own
         with torch.no_grad():
-            q_size = self.critic_target(batch.obs, batch.act).abs().mean()
-        return gradient / (q_size + 1e-6)  # deviation 3
+            q_scale = self.critic_target(batch.obs, batch.act).abs().mean()
+        return gradient / (q_scale + 1e-6)  # deviation 3
 
     def actor_loss(
-        self, batch: Batch, x: Tensor, t: Tensor, eps: Tensor, gradient: Tensor
+        self, batch: Batch, x: Tensor, t: Tensor, eps: Tensor, q_gradient: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 16: eta times noise regression plus soft Q-guidance, at x_t; and metrics."""
+        """Eq. 16: eta times noise regression plus soft Q-guidance. Returns (loss, metrics)."""
         eps_hat = self.actor(batch.obs, x, t)
         sqrt_one_minus_alpha_bar = self.schedule.sqrt_one_minus_alpha_bar[t][:, None]
-        bc_loss = (eps_hat - eps).square().mean()  # Eq. 14, deviation 1
-        guidance = sqrt_one_minus_alpha_bar * gradient * eps_hat  # cross term of Eq. 15's square
-        guidance_loss = guidance.mean()
-        loss = self.eta * bc_loss + guidance_loss  # Eq. 16, deviation 2
+        bc_loss = (eps_hat - eps).square().mean()  # Eq. 14, the behaviour loss; deviation 1
+        guidance = sqrt_one_minus_alpha_bar * q_gradient * eps_hat
+        guidance_loss = guidance.mean()  # Eq. 15, its cross term; deviations 1 and 2
+        loss = self.eta * bc_loss + guidance_loss  # Eq. 16
         metrics = {
             "actor_loss": loss.detach(),
             "bc_loss": bc_loss.detach(),
             "guidance_loss": guidance_loss.detach(),
-            "guidance_abs": gradient.abs().mean(),
+            "guidance_abs": q_gradient.abs().mean(),
         }
         return loss, metrics
 
@@ -418,7 +430,7 @@ class DAC:
         set_lr(self.actor_adam, cosine(args.actor_lr, progress))
 
         # random numbers
-        batch_size = len(batch.obs)
+        batch_size = len(batch.obs)  # the last batch of an epoch is smaller
         next_shape = (args.diffusion_steps, batch_size * args.num_next_actions, self.act_dim)
         next_noise = torch.randn(next_shape, device=self.device)
         t = torch.randint(1, args.diffusion_steps + 1, (batch_size,), device=self.device)
@@ -432,31 +444,33 @@ class DAC:
 
         # actor
         x = add_noise(batch.act, t, eps, self.schedule)
-        gradient = self.q_gradient(batch, x)
-        loss, actor_metrics = self.actor_loss(batch, x, t, eps, gradient)
+        q_gradient = self.q_gradient(batch, x)
+        loss, actor_metrics = self.actor_loss(batch, x, t, eps, q_gradient)
         gradient_step(self.actor_adam, loss, args.max_grad_norm)
-        if self.step > args.actor_target_start and self.step % args.actor_target_every == 0:
-            soft_update(self.actor_target, self.actor, args.tau)  # deviation 6
 
         # dual ascent on eta
         if args.eta_lr > 0:
             violation = actor_metrics["bc_loss"] - args.bc_threshold
             self.eta += args.eta_lr * violation.clamp(-1, 1)  # deviation 5
-            self.eta.clamp_(args.eta_min, args.eta_max)
+            self.eta.clamp_(args.eta_min, args.eta_max)  # deviation 5
+
+        # the actor's target
+        if self.step > args.actor_target_start and self.step % args.actor_target_every == 0:
+            soft_update(self.actor_target, self.actor, args.tau)  # deviation 6
 
         self.step += 1
         return {**critic_metrics, **actor_metrics, "eta": self.eta.clone()}
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """The evaluated policy: obs [E, S] -> actions [E, A], the best of K (deviation 8)."""
+        """The evaluated policy: obs [E, S] -> actions [E, A], the best of K candidates."""
         args = self.args
         rows = torch.as_tensor(obs, device=self.device)
         rows = rows.repeat_interleave(args.num_eval_actions, dim=0)  # [E K, S]
         noise = torch.randn(args.diffusion_steps, len(rows), self.act_dim, device=self.device)
         candidates = sample_actions(self.actor, rows, noise, self.schedule)  # [E K, A]
         q = self.critic_target(rows, candidates).mean(dim=0)  # [E K]
-        best = q.view(len(obs), -1).argmax(dim=1)
+        best = q.view(len(obs), -1).argmax(dim=1)  # deviation 8
         candidates = candidates.view(len(obs), -1, self.act_dim)
         return candidates[torch.arange(len(obs)), best].cpu().numpy()
 
@@ -505,7 +519,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def shuffled_batches(num_rows: int, batch_size: int, seed: int, step: int, device: str):
     """Yields the row indices of updates step, step + 1, ...: shuffled epochs, the last batch short.
 
-    They depend on (seed, step) alone, so a resumed run sees the same batches.
+    The same seed, step and device give the same batches, so a resumed run sees the same ones.
     """
     per_epoch = math.ceil(num_rows / batch_size)
     epoch, skip = divmod(step, per_epoch)
@@ -546,30 +560,32 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     stored = checkpoint["args"]
     unknown = stored.keys() - {field.name for field in fields(Args)}
     if unknown:
-        sys.exit(f"error: {path} has arguments of another version: {', '.join(sorted(unknown))}")
+        names = ", ".join(sorted(unknown))
+        sys.exit(f"error: {path} is of another version of {ALGORITHM}.py, which had: {names}")
     args = tyro.cli(Args, args=argv, default=replace(Args(), **stored), description=__doc__)
     check_args(args)
     for name, value in stored.items():
         if name not in RESUME_MAY_CHANGE and getattr(args, name) != value:
-            sys.exit(f"error: --{name.replace('_', '-')}: this run was started with {value}")
+            flag = name.replace("_", "-")
+            sys.exit(f"error: --{flag} cannot change on --resume: the run was started with {value}")
     return args, checkpoint
 
 
 def check_args(args: Args) -> None:
-    """Ends the program where a number is out of range, or where the task cannot name a folder."""
+    """Ends the program if a number is out of range or --env cannot be the name of a folder."""
     for name, value in asdict(args).items():
         high = 1 if name in AT_MOST_ONE else 2**31 - 1
-        for number in value if isinstance(value, tuple) else (value,):
+        for number in value if isinstance(value, tuple) else (value,):  # cped.py has tables
             low = 0 if isinstance(number, float) or name in MAY_BE_ZERO else 1
             if type(number) in (int, float) and not low <= number <= high:  # NaN is in no range
                 flag = name.replace("_", "-")
                 sys.exit(f"error: --{flag} {number}: must be from {low} to {high}")
     if not re.fullmatch(r"\w[\w.:+-]*(/\w[\w.:+-]*)*", args.env):
-        sys.exit(f"error: --env {args.env!r}: wanted are letters, digits, _ . : + - and single /")
+        sys.exit(f"error: --env {args.env!r}: use only letters, digits, _ . : + - and single /")
 
 
 def new_folder(args: Args) -> Path:
-    """Makes <run_dir>/<task>/<algorithm>/seed<k>-<time>, with a suffix where that exists."""
+    """Makes <run_dir>/<task>/<algorithm>/seed<k>-<time>, adding -2, -3, ... if it exists."""
     parent = Path(args.run_dir) / args.env / ALGORITHM
     name = time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
     for number in itertools.count(1):
@@ -590,7 +606,7 @@ def stop_if_not_finite(values: dict[str, float], step: int, folder: Path) -> Non
 
 
 def save(content: dict, path: Path) -> None:
-    """Replaces the file in one step: after a crash it is the whole old or the whole new one."""
+    """Replaces the file in one step: a crash leaves the old file or the new one, complete."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     part = path.with_suffix(".part")
@@ -605,7 +621,7 @@ def save(content: dict, path: Path) -> None:
 
 
 class Log:
-    """metrics.csv and TensorBoard with the same names; rows are those of a resumed run."""
+    """metrics.csv and TensorBoard with the same names; rows: what a resumed run has logged."""
 
     def __init__(self, folder: Path, columns: list[str], rows: list[dict]):
         self.rows = rows
@@ -660,7 +676,8 @@ def main(argv: list[str] | None = None) -> dict:
     # data
     arrays, info = load_dataset(args.env, args.data, need_env=args.eval)
     if checkpoint is not None and checkpoint["info"]["sha256"] != info["sha256"]:
-        sys.exit(f"error: {args.resume} was trained on {checkpoint['info']['id']}: see --data")
+        trained = checkpoint["info"]["id"]
+        sys.exit(f"error: {args.resume} was trained on {trained}, this is other data: see --data")
     arrays["rew"] = transform_rewards(arrays["rew"], arrays["ends"], args.reward_transform)
     arrays["act"] = arrays["act"].clip(-1 + 1e-5, 1 - 1e-5)
     data = Batch(*(torch.as_tensor(arrays[name], device=device) for name in Batch._fields))
@@ -700,8 +717,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     # training
     seconds = checkpoint["seconds"] if checkpoint else 0.0
-    started = saved = window = time.perf_counter()
-    window_step = agent.step
+    started = saved = logged = time.perf_counter()
+    logged_step = agent.step
     batches = shuffled_batches(len(data.obs), args.batch_size, args.seed, agent.step, device)
     bar = tqdm(initial=agent.step, total=stop, unit=" updates", mininterval=0.5)
     while agent.step < stop:
@@ -714,7 +731,7 @@ def main(argv: list[str] | None = None) -> dict:
         if step % args.log_every == 0:
             for name, value in metrics.items():
                 row[f"train/{name}"] = value.item()
-            row["time/updates_per_s"] = (step - window_step) / (time.perf_counter() - window)
+            row["time/updates_per_s"] = (step - logged_step) / (time.perf_counter() - logged)
         if args.eval and (step % args.eval_every == 0 or step == args.total_steps):
             evaluation = evaluate(agent.act, info, args.eval_episodes, EVAL_SEED + step)
             for name, values in evaluation.items():
@@ -724,8 +741,8 @@ def main(argv: list[str] | None = None) -> dict:
         if len(row) > 1:
             stop_if_not_finite(row, step, folder)
             log.write(row)
-            window = time.perf_counter()
-            window_step = step
+            logged = time.perf_counter()
+            logged_step = step
 
         if time.perf_counter() - saved > 60 * args.checkpoint_minutes or step == stop:
             content = {
@@ -743,6 +760,7 @@ def main(argv: list[str] | None = None) -> dict:
                 content["cuda_rng"] = torch.cuda.get_rng_state()
             for name in agent.NETWORKS:
                 weights = content["agent"][name].items()
+                # a weight that is NaN or infinite makes the sum so
                 sums = {f"{name}.{key}": tensor.sum().item() for key, tensor in weights}
                 stop_if_not_finite(sums, step, folder)
             save(content, folder / "checkpoint.pt")
@@ -781,4 +799,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:  # a full disk, a folder that cannot be written
-        sys.exit(f"error: {error} (what a run has saved is whole: go on with --resume)")
+        sys.exit(f"error: {error} (a checkpoint that was written is intact: see --resume)")

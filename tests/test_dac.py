@@ -223,8 +223,8 @@ def test_schedule(float64):
     s = dac.vp_schedule(5, 0.1, 10.0, "cpu")
     close(s.sqrt_alpha_bar[1:], [0.896730, 0.659680, 0.398121, 0.197109, 0.080058], 2e-6)
     close(s.sqrt_one_minus_alpha_bar[1:], [0.442577, 0.751546, 0.917333, 0.980382, 0.996790], 2e-6)
-    close(s.mean_x0[1:], [1.000000, 0.728435, 0.498410, 0.312681, 0.165654], 5e-6)
-    close(s.mean_xt[1:], [0.000000, 0.255116, 0.405078, 0.433466, 0.392901], 5e-6)
+    close(s.weight_x0[1:], [1.000000, 0.728435, 0.498410, 0.312681, 0.165654], 5e-6)
+    close(s.weight_xt[1:], [0.000000, 0.255116, 0.405078, 0.433466, 0.392901], 5e-6)
     close(s.sqrt_beta[1:].square(), [0.195875, 0.458818, 0.635781, 0.754878, 0.835031], 3e-6)
     t = torch.arange(6) / 5.0
     close(s.sqrt_alpha_bar.square(), torch.exp(-0.1 * t - 0.5 * 9.9 * t**2))
@@ -271,7 +271,7 @@ def test_each_draw_of_the_chain_is_used_once_and_the_last_step_has_none(float64)
         x = (
             x0
             if z is None
-            else schedule.mean_x0[t] * x0 + schedule.mean_xt[t] * x + schedule.sqrt_beta[t] * z
+            else schedule.weight_x0[t] * x0 + schedule.weight_xt[t] * x + schedule.sqrt_beta[t] * z
         )
     close(act(noise), x)
 

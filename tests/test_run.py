@@ -370,10 +370,16 @@ def test_resume_refuses_what_would_make_another_run(script, run, folder, tmp_pat
     before = contents(tmp_path / "runs")
     other = write_hdf5(tmp_path / "other.hdf5", make_raw(seed=1))
     for flags, message in (
-        ("--discount 0.5", "error: --discount: this run was started with 0.99"),
-        ("--seed 1", "error: --seed: this run was started with 0"),
-        ("--env walker2d-medium", "error: --env: this run was started with hopper-medium"),
-        ("--quick", "error: --quick: this run was started with False"),
+        (
+            "--discount 0.5",
+            "error: --discount cannot change on --resume: the run was started with 0.99",
+        ),
+        ("--seed 1", "error: --seed cannot change on --resume: the run was started with 0"),
+        (
+            "--env walker2d-medium",
+            "error: --env cannot change on --resume: the run was started with hopper-medium",
+        ),
+        ("--quick", "error: --quick cannot change on --resume: the run was started with False"),
         (f"--data {other}", r"was trained on file/small\.hdf5"),
         ("--tau 2", "error: --tau 2.0: must be from 0 to 1"),
     ):
@@ -412,7 +418,10 @@ def test_resume_of_something_else_is_refused(script, run, folder, tmp_path):
         (copy("half", half), "is not a checkpoint, or a damaged one"),
         (copy("text", b"no checkpoint"), "is not a checkpoint, or a damaged one"),
         (copy("other", checkpoint | {"algorithm": other}), f"was written by {other}.py"),
-        (copy("old", old), "arguments of another version: checkpoint_every, tf32"),
+        (
+            copy("old", old),
+            f"is of another version of {script}.py, which had: checkpoint_every, tf32",
+        ),
     ):
         with pytest.raises(SystemExit, match=message):
             module(script).main(["--resume", str(path)])
@@ -690,7 +699,7 @@ def test_a_full_disk_while_logging_is_one_sentence_and_the_run_goes_on(what, tmp
     )
     assert done.returncode == 1
     assert "error: [Errno 28] No space left on device" in done.stderr
-    assert "go on with --resume" in done.stderr
+    assert "a checkpoint that was written is intact" in done.stderr
     assert "Traceback" not in done.stderr
     (own,) = (tmp_path / "runs").glob("*/dac/*")
     result = module("dac").main(["--resume", str(own)])
