@@ -1,4 +1,4 @@
-"""CPED: Constrained Policy optimization with Explicit behavior Density (NeurIPS 2023).
+r"""CPED: Constrained Policy optimization with Explicit behavior Density (NeurIPS 2023).
 
 Zhang, Zhang, Wang, Jing, arXiv:2301.12130. A flow-GAN learns the density L(s, a) of the data:
 a normalising flow, so that log L is exact, trained by likelihood and against a discriminator
@@ -10,43 +10,50 @@ A multiplier alpha, here `lagrange`, weighs the constraint.
     python cped.py --env hopper-medium --seed 1 --flow runs/hopper-medium/cped/seed0-20260101-120000
     python cped.py --resume runs/hopper-medium/cped/seed0-20260101-120000
 
-The paper's own setting, as far as it is known:
+Close to the paper is this command: its 20,000 flow updates, joint training and dual descent.
+The starts are those of the authors' earlier code, the rest is the released code's:
 
-    python cped.py --env hopper-medium --constraint dual --flow-training joint \\
+    python cped.py --env hopper-medium --constraint dual --flow-training joint \
         --flow-steps 20000 --critic-start 10000 --actor-q-start 30000
 
-Where paper and released code differ, the defaults follow the code, except in 2, 5, 6 and 11:
+Where paper and released code differ, the defaults follow the code:
 
- 1. The paper finds alpha by dual gradient descent (--constraint dual). The code takes it from
-    a table, and has no region: -log L(s, pi(s)) counts everywhere (--constraint schedule).
- 2. The table counts from the first update of the policy stage, and all its multipliers are
-    positive. The code's formula gives 0 in one update, and less if the flow stage is shorter
-    than 500,000 updates.
- 3. With dual, the hinge and the resting point are ours. The paper's multiplier can only grow;
+ 1. The paper has the region and finds alpha by dual gradient descent (--constraint dual). The
+    code takes alpha from a table and has no region: -log L(s, pi(s)) counts everywhere
+    (--constraint schedule). The paper, too, reports an alpha that is strong early and relaxed
+    after 200,000 to 300,000 updates.
+ 2. The paper trains the flow for 20,000 updates, then jointly with the policy. The code trains
+    it for 500,000 updates, then freezes it. --flow-training joint on its own keeps the code's
+    lengths and so matches neither; use the command above.
+ 3. The discriminator has D outputs, and the losses average them. The gradient penalty has
+    weight 0.5, and its mixing weights come from N(0, 1), not from U(0, 1).
+ 4. The flow moves in every fifth update only, by Adam with betas (0.9, 0.01) and eps 1e-4. Its
+    networks have three layers (paper: four), and their outputs are activated too.
+ 5. The target's noisy action may leave [-1, 1]. --clip-target-action clips it, as TD3 does.
+ 6. The actor maximises the minimum of both critics, which is not divided by its mean size. At
+    first it only maximises the likelihood, and the critics start late.
+
+Where this file differs from the code, too:
+
+ 7. With dual, the hinge and the resting point are ours. The paper's multiplier can only grow;
     ours stops where the policy violates the constraint as much as the data do. It moves by at
     most lagrange_lr per step and stays in [lagrange_min, lagrange_max].
- 4. The paper trains the flow for 20,000 updates, then jointly with the policy. The code trains
-    it for 500,000 updates, then freezes it. --flow-training joint alone is neither: the command
-    above has the paper's lengths, too.
- 5. The inverse of the flow undoes the scaling first. The code undoes it last, which is not the
+ 8. The table counts from the first update of the policy stage, and all its multipliers are
+    positive. The code's formula gives 0 in one update, and less if the flow stage is shorter
+    than 500,000 updates.
+ 9. The inverse of the flow undoes the scaling first. The code undoes it last, which is not the
     inverse.
- 6. The code divides the inputs of all linear layers of the flow by sqrt(1 + 1e-6), which
-    changes log L in the seventh digit. We do not.
- 7. The discriminator has D outputs, and the losses average them. The gradient penalty weighs
-    0.5, and its mixing weights come from N(0, 1), not from U(0, 1).
- 8. The flow learns in every fifth update, by Adam with betas (0.9, 0.01) and eps 1e-4. Its
-    networks have three layers (paper: four), and their outputs are activated too. Its inputs
-    are not normalised.
- 9. The target's noisy action may leave [-1, 1]. --clip-target-action clips it, as TD3 does.
-10. The actor maximises the minimum of both critics, which is not normalised. At first it only
-    maximises the likelihood, and the critics start late.
-11. Flow, actor and targets move in the last of 5 or 2 updates, in the code in the first.
+10. The code divides the inputs of all linear layers of the flow by sqrt(1 + 1e-6), a constant
+    factor in the released density, which changes log L in the seventh digit. We do not.
+11. The flow moves in the fifth of every five updates, actor and targets in the second of every
+    two, so that log rows at round numbers show them. In the code they move in the first.
 
-Ours: the targets start as copies, batches are shuffled epochs (the code draws them with
-replacement), and no transition crosses a timeout. 5 % of the transitions are held out from the
-flow, and with joint training from the policy, too. We evaluate 10 episodes every 10,000 updates
-(the code: 5,000 environment steps every 1,000 updates), with one action per step (the code
-takes the best of 100 equal ones). --flow-lr-end is for short flow stages.
+Ours, too: the targets start as copies, batches are shuffled epochs (the code draws them with
+replacement), no transition crosses a timeout, the flow's start depends on the seed, and a value
+that is not finite ends the run (the code skips the update). 5 % of the transitions are held out
+from the flow, and with joint training from the policy, too. We evaluate 10 episodes every 10,000
+updates (the code: 5,000 environment steps every 1,000 updates), with one action per step (the
+code takes the best of 100 equal ones). --flow-lr-end is for short flow stages.
 """
 
 import csv
@@ -81,7 +88,7 @@ from common import evaluate, load_dataset
 
 ALGORITHM = "cped"
 EVAL_SEED = 1_000_000  # plus the policy update: all runs are evaluated on the same episodes
-FINAL_SEED = 1_000_000_000  # episodes that no evaluation before has seen
+FINAL_SEED = 1_000_000_000  # episodes that no earlier evaluation has used
 MAY_BE_ZERO = (  # all other counts are at least 1
     "seed",
     "joint_steps",
@@ -105,7 +112,7 @@ RESUME_MAY_CHANGE = (
     "eval_episodes",
     "final_episodes",
 )
-FLOW_ARGS = (  # in which a flow from --flow must agree
+FLOW_ARGS = (  # must be equal in this run and in the run of --flow
     "flow_steps",
     "num_couplings",
     "flow_hidden_dim",
@@ -132,13 +139,13 @@ EVAL_METRICS = ("eval/return", "eval/normalized_score", "eval/episode_length")
 @dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # task, Minari id or, with a file as data, any Gymnasium id
+    env: str = "hopper-medium"  # task, Minari id, or a Gymnasium id if --data is a file
     data: str = "auto"  # auto, d4rl, minari, bundled, or the path of a file in D4RL's layout
     seed: int = 0  # seed of initialisation, batches and noise; evaluation has its own
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # CUDA if available
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is CUDA if there is a GPU
     compile: bool = False  # compile the losses with torch.compile
     quick: bool = False  # a small protocol of our own, for a machine without a GPU
-    resume: str | None = None  # folder of a run to go on with
+    resume: str | None = None  # folder of the run to continue
     run_dir: str = "runs"  # root folder of all runs
     total_steps: int = 1_000_000  # updates of the policy stage, after those of the flow stage
     stop_after: int | None = None  # policy update after which to end early; resumable
@@ -148,42 +155,43 @@ class Args:
     eval_every: int = 10_000  # policy updates between evaluations
     eval_episodes: int = 10  # episodes per evaluation
     final_episodes: int = 100  # episodes that score the last policy
-    flow: str | None = None  # folder, flow.pt or checkpoint of a run whose flow to take
+    flow: str | None = None  # run folder, flow.pt or checkpoint whose finished flow is reused
 
     # data
 
-    # r - 1, as published for AntMaze, or r
+    # reward r for the critics: r - 1, as published for AntMaze, or r
     reward_transform: Literal["minus_one", "none"] = "none"
     batch_size: int = 256  # transitions per update, B
 
     # optimisation
-    discount: float = 0.99  # gamma
+    discount: float = 0.99  # discount factor gamma
     actor_lr: float = 1e-4  # Adam step size of the actor
     critic_lr: float = 3e-4  # Adam step size of the critics
     flow_lr: float = 1e-4  # Adam step size of the flow
     flow_lr_end: float | None = None  # step size at the end of the flow stage, by a cosine; ours
     disc_lr: float = 1e-4  # Adam step size of the discriminator
-    tau: float = 0.005  # rate of the target networks
+    tau: float = 0.005  # rate of the targets: target <- (1 - tau) target + tau online
     policy_every: int = 2  # updates between steps of the actor and of all targets
     hidden_dim: int = 256  # width of the two hidden layers of actor and critics
 
     # algorithm
-    flow_steps: int = 500_000  # updates of the flow stage
-    flow_training: Literal["frozen", "joint"] = "frozen"  # what the flow does in the policy stage
-    joint_steps: int = 480_000  # policy updates in which the flow still learns, with joint
+    # the released code's, unless marked as ours
+    flow_steps: int = 500_000  # updates of the flow stage, in every disc_updates-th the flow moves
+    flow_training: Literal["frozen", "joint"] = "frozen"  # joint: the policy stage trains it, too
+    joint_steps: int = 480_000  # joint: policy updates in which the flow still learns
     num_couplings: int = 4  # coupling layers of the flow
     flow_hidden_dim: int = 750  # width of the two hidden layers of each coupling's network
     disc_updates: int = 5  # steps of the discriminator per step of the flow
     mle_weight: float = 1.0  # lambda of Eq. 4; the adversarial term is divided by it
     penalty_weight: float = 0.5  # weight of the gradient penalty
     target_noise: float = 0.2  # standard deviation of the noise on the target's action
-    target_noise_clip: float = 0.5  # bound of that noise
+    target_noise_clip: float = 0.5  # largest noise on the target's action
     clip_target_action: bool = False  # clip the noisy action to [-1, 1], as TD3 does
-    critic_start: int = 30_000  # policy update from which the critics learn
-    actor_q_start: int = 50_000  # policy update from which the actor sees Q
+    critic_start: int = 30_000  # policy update, counted from 0, from which the critics learn
+    actor_q_start: int = 50_000  # policy update from which the actor's loss includes Q
     constraint: Literal["schedule", "dual"] = "schedule"  # alpha from a table, or dual descent
-    lagrange_table: tuple[float, ...] = (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5)  # schedule: alphas
-    # schedule: the policy update from which each alpha holds
+    lagrange_table: tuple[float, ...] = (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5)  # schedule: the alphas
+    # schedule: the policy update, counted from 0, from which each alpha holds
     lagrange_from: tuple[int, ...] = (0, 100_001, 200_000, 300_000, 400_000, 500_001)
     epsilon_quantile: float | None = None  # dual: epsilon is this quantile of -log L, not its mean
     lagrange: float = 10.0  # dual: initial alpha; ours
@@ -192,7 +200,7 @@ class Args:
     lagrange_max: float = 1000.0  # dual: upper bound of alpha; ours
 
 
-# The alphas and the other settings are the released code's. The evaluation is ours.
+# AntMaze. The alphas and the other settings are the released code's, the evaluation is ours.
 ANTMAZE = dict(
     actor_lr=3e-4,
     reward_transform="minus_one",
@@ -200,13 +208,13 @@ ANTMAZE = dict(
     eval_every=50_000,
     eval_episodes=100,
 )
-# The code's runs have 1,000,000 updates in both stages together, and its table counts them all.
-# Here the table counts the updates of the policy stage.
+# The code's AntMaze runs have 1,000,000 updates in both stages together, and its table counts
+# them all. Here it counts those of the policy stage.
 MAZE = dict(flow_steps=300_000, total_steps=700_000, lagrange_from=(0, 200_001, 500_001))
 LARGE_MAZE = dict(flow_steps=400_000, total_steps=600_000, lagrange_from=(0, 100_001, 400_001))
 
 # The authors' README gives halfcheetah-medium, antmaze-umaze and the flow stage of large mazes.
-# The other rows extend these.
+# The other rows extend these. Those of the robots are the defaults, written out.
 PRESETS = {
     "hopper-medium": dict(flow_steps=500_000, actor_lr=1e-4),
     "hopper-medium-replay": dict(flow_steps=500_000, actor_lr=1e-4),
@@ -225,7 +233,7 @@ PRESETS = {
     "antmaze-large-diverse": dict(**LARGE_MAZE, **ANTMAZE),
 }
 
-# Ours.
+# Ours: a narrow flow, larger steps and early starts, for a machine without a GPU.
 QUICK = dict(
     flow_steps=6_000,
     flow_hidden_dim=256,
@@ -285,7 +293,7 @@ class Critics(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D: rows x = (s, a) [B, D] -> scores [B, D]; the losses average them (deviation 7)."""
+    """D: rows x = (s, a) [B, D] -> scores [B, D]; the losses average them (deviation 3)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -294,7 +302,7 @@ class Discriminator(nn.Module):
         self.out = nn.Linear(4 * dim, dim)
         self.shift1 = nn.Parameter(torch.zeros(2 * dim))
         self.shift2 = nn.Parameter(torch.zeros(4 * dim))
-        for layer in (self.layer1, self.layer2):  # as in the code
+        for layer in (self.layer1, self.layer2):  # bounds and 0.1 are the released code's
             bound = layer.out_features**-0.5
             nn.init.uniform_(layer.weight, -bound, bound)
             nn.init.constant_(layer.bias, 0.1)
@@ -347,7 +355,7 @@ class Flow(nn.Module):
 
     def inverse(self, z: Tensor) -> Tensor:
         """z [B, D] -> x [B, D]."""
-        x = z * (-self.log_scale).exp()  # deviation 5
+        x = z * (-self.log_scale).exp()  # deviation 9
         u, v = x.split(self.halves, dim=1)
         for i in reversed(range(len(self.shifts))):
             if i % 2 == 0:
@@ -357,7 +365,7 @@ class Flow(nn.Module):
         return torch.cat([u, v], dim=1)
 
     def log_density(self, obs: Tensor, act: Tensor) -> Tensor:
-        """log L(s, a) [B], in nats."""
+        """log L(s, a) [B] in nats, of the joint density; its gradient in a is log L(a|s)'s."""
         x = torch.cat([obs, act], dim=1)
         z, log_det = self(x)
         log_prior = z - 2 * F.softplus(z)  # of the logistic distribution, [B, D]
@@ -367,12 +375,12 @@ class Flow(nn.Module):
 def coupling_net(fan_in: int, hidden_dim: int, fan_out: int) -> nn.Sequential:
     """[B, fan_in] -> shift [B, fan_out]. It starts near 0, so that the flow starts near z = x."""
     net = nn.Sequential(  # the activations work in place, which is faster
-        nn.Linear(fan_in, hidden_dim),  # deviation 6
+        nn.Linear(fan_in, hidden_dim),  # deviation 10
         nn.LeakyReLU(0.01, inplace=True),
         nn.Linear(hidden_dim, hidden_dim),
         nn.LeakyReLU(0.01, inplace=True),
         nn.Linear(hidden_dim, fan_out),
-        nn.LeakyReLU(0.01, inplace=True),  # deviation 8
+        nn.LeakyReLU(0.01, inplace=True),  # deviation 4
     )
     for layer in net[::2]:
         nn.init.uniform_(layer.weight, -0.01, 0.01)
@@ -388,17 +396,17 @@ class Batch(NamedTuple):
     act: Tensor  # [B, A] in [-1, 1]
     rew: Tensor  # [B], transformed
     next_obs: Tensor  # [B, S]
-    not_done: Tensor  # [B], 0 at a terminal, else 1; a timeout is not terminal
+    not_done: Tensor  # [B], 0 if the episode is over, else 1; a timeout is no end
 
 
 class CPED:
-    """Flow-GAN, policy, targets, optimisers and alpha, and how one batch changes them."""
+    """Flow-GAN, policy, targets, optimisers and alpha; `update` is one training step."""
 
     FLOW_GAN = ("flow", "disc", "flow_adam", "disc_adam")  # what --flow takes from a run
     NETWORKS = ("flow", "disc", "actor", "actor_target", "critic", "critic_target")
     OPTIMIZERS = ("flow_adam", "disc_adam", "actor_adam", "critic_adam")
     POLICY = ("actor",)  # the networks that act
-    METRICS = (  # of one minibatch, in units of the reward where they are values, else in nats
+    METRICS = (  # of one minibatch; Q-values in units of the reward, -log L and epsilon in nats
         "disc_loss",  # mean D(g) - mean D(x) + penalty_weight penalty
         "penalty",  # mean of (|grad D| - 1)^2
         "gan_loss",  # - mean D(g), after the discriminator's step
@@ -423,11 +431,11 @@ class CPED:
         self.stages = [("flow", args.flow_steps), ("policy", args.total_steps)]
         self.flow_until = args.flow_steps  # update until which the flow learns
         if args.flow_training == "joint":
-            self.flow_until += args.joint_steps  # deviation 4
+            self.flow_until += args.joint_steps  # deviation 2
 
         self.flow = Flow(self.dim, args.num_couplings, args.flow_hidden_dim)
         self.flow.to(device).requires_grad_(False)  # only its own steps need its gradient
-        self.flow_adam = torch.optim.Adam(  # deviation 8
+        self.flow_adam = torch.optim.Adam(  # deviation 4
             self.flow.parameters(), lr=args.flow_lr, betas=(0.9, 0.01), eps=1e-4, fused=True
         )
         self.disc = Discriminator(self.dim).to(device)
@@ -448,29 +456,31 @@ class CPED:
         if args.compile and device != "cpu":  # on a CPU they become slower
             self.td_target = torch.compile(self.td_target, dynamic=False)
             self.critic_loss = torch.compile(self.critic_loss, dynamic=False)
-            self.cloning_loss = torch.compile(self.cloning_loss, dynamic=False)
-            self.schedule_loss = torch.compile(self.schedule_loss, dynamic=False)
-            self.dual_loss = torch.compile(self.dual_loss, dynamic=False)
+            self.actor_loss_cloning = torch.compile(self.actor_loss_cloning, dynamic=False)
+            self.actor_loss_schedule = torch.compile(self.actor_loss_schedule, dynamic=False)
+            self.actor_loss_dual = torch.compile(self.actor_loss_dual, dynamic=False)
 
     def disc_loss(
         self, batch: Batch, fake: Tensor, mix: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 4 for the discriminator, as a WGAN with gradient penalty; and metrics.
+        """Eq. 4 for the discriminator, as a WGAN with gradient penalty. Returns (loss, metrics).
 
         fake [B, D] are samples g of the flow, mix [B] the weights of the data in the penalty.
         """
         real = torch.cat([batch.obs, batch.act], dim=1)  # x
         mixed = mix[:, None] * real + (1 - mix[:, None]) * fake
         mixed.requires_grad_()
-        (slope,) = torch.autograd.grad(self.disc(mixed).sum(), mixed, create_graph=True)  # [B, D]
-        penalty = (slope.norm(dim=1) - 1).square().mean()
+        (gradient,) = torch.autograd.grad(
+            self.disc(mixed).sum(), mixed, create_graph=True
+        )  # [B, D]
+        penalty = (gradient.norm(dim=1) - 1).square().mean()
         fake_score = self.disc(fake).mean()
         real_score = self.disc(real).mean()
-        loss = fake_score - real_score + self.args.penalty_weight * penalty  # Eq. 4, deviation 7
+        loss = fake_score - real_score + self.args.penalty_weight * penalty  # Eq. 4, deviation 3
         return loss, {"disc_loss": loss.detach(), "penalty": penalty.detach()}
 
     def flow_loss(self, batch: Batch, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 4 for the flow: adversarial loss and likelihood; and metrics.
+        """Eq. 4 for the flow: adversarial loss and likelihood. Returns (loss, metrics).
 
         fake [B, D] are samples g of the flow, and carry their gradient.
         """
@@ -485,14 +495,14 @@ class CPED:
         args = self.args
         noise = args.target_noise * noise
         noise = noise.clamp(-args.target_noise_clip, args.target_noise_clip)
-        next_act = self.actor_target(batch.next_obs) + noise  # deviation 9
+        next_act = self.actor_target(batch.next_obs) + noise  # deviation 5
         if args.clip_target_action:
             next_act = next_act.clamp(-1, 1)
         next_q = self.critic_target(batch.next_obs, next_act).amin(dim=0)  # [B]
-        return batch.rew + args.discount * batch.not_done * next_q
+        return batch.rew + args.discount * batch.not_done * next_q  # y of Eq. 6
 
     def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 6: sum over both critics of the mean of (Q_h(s, a) - y)^2; and metrics."""
+        """Eq. 6: sum over both critics of the mean (Q_h(s, a) - y)^2. Returns (loss, metrics)."""
         q = self.critic(batch.obs, batch.act)  # [2, B]
         loss = (q - target).square().mean(dim=1).sum()  # Eq. 6
         metrics = {
@@ -502,17 +512,20 @@ class CPED:
         }
         return loss, metrics
 
-    def cloning_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Before actor_q_start: the actor only maximises the likelihood (deviation 10)."""
+    def actor_loss_cloning(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Before actor_q_start: only the likelihood. Returns (loss, metrics)."""
         act = self.actor(batch.obs)
         nll = -self.flow.log_density(batch.obs, act).mean()
-        loss = self.lagrange * nll
+        loss = self.lagrange * nll  # deviation 6; alpha hardly matters to Adam here
         return loss, {"actor_loss": loss.detach(), "actor_nll": nll.detach()}
 
-    def schedule_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The released code: Q, and alpha times -log L without a region; and metrics."""
+    def actor_loss_schedule(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The released code: Q, and alpha times -log L without a region.
+
+        Returns (loss, metrics).
+        """
         act = self.actor(batch.obs)
-        q = self.critic(batch.obs, act).amin(dim=0).mean()  # deviation 10
+        q = self.critic(batch.obs, act).amin(dim=0).mean()  # deviation 6
         nll = -self.flow.log_density(batch.obs, act).mean()
         loss = -q + self.lagrange * nll  # deviation 1
         metrics = {
@@ -522,12 +535,15 @@ class CPED:
         }
         return loss, metrics
 
-    def dual_loss(self, batch: Batch, epsilon: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 7: Q inside the region -log L(s, a) < epsilon, as a Lagrangian; and metrics."""
+    def actor_loss_dual(self, batch: Batch, epsilon: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 7: Q inside the region -log L(s, a) < epsilon, as a Lagrangian.
+
+        Returns (loss, metrics).
+        """
         act = self.actor(batch.obs)
-        q = self.critic(batch.obs, act).amin(dim=0).mean()  # deviation 10
+        q = self.critic(batch.obs, act).amin(dim=0).mean()  # deviation 6
         nll = -self.flow.log_density(batch.obs, act)  # [B]
-        violation = (nll - epsilon).relu().mean()  # deviation 3
+        violation = (nll - epsilon).relu().mean()  # deviation 7
         loss = -q + self.lagrange * violation  # Eq. 7
         metrics = {
             "actor_loss": loss.detach(),
@@ -538,19 +554,36 @@ class CPED:
         }
         return loss, metrics
 
-    def table_lagrange(self, policy_step: int) -> float:
+    @torch.no_grad()
+    def region(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """epsilon of Eq. 7, from the densities of the batch, and the data's own mean violation."""
+        args = self.args
+        nll = -self.flow.log_density(batch.obs, batch.act)  # [B]
+        if args.epsilon_quantile is None:
+            epsilon = nll.mean()
+        else:
+            epsilon = nll.quantile(args.epsilon_quantile)
+        return epsilon, (nll - epsilon).relu().mean()
+
+    def scheduled_lagrange(self, policy_step: int) -> float:
         """alpha of the table in this update of the policy stage."""
         args = self.args
-        lagrange = args.lagrange_table[0]
         for value, first in zip(args.lagrange_table, args.lagrange_from):
             if policy_step >= first:
                 lagrange = value
         return lagrange
 
+    def update_lagrange(self, violation: Tensor, data_violation: Tensor) -> None:
+        """Dual step: alpha rises while the policy violates the constraint more than the data do."""
+        args = self.args
+        excess = violation - data_violation  # in nats; deviation 7
+        self.lagrange += args.lagrange_lr * excess.clamp(-1, 1)
+        self.lagrange.clamp_(args.lagrange_min, args.lagrange_max)
+
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One update of the stage that is due; returns metrics, 0-d tensors on the device."""
         metrics = {}
-        if self.step < self.flow_until:
+        if self.step < self.flow_until:  # with joint training, in the policy stage, too
             metrics.update(self.update_flow(batch))
         if self.step >= self.args.flow_steps:
             metrics.update(self.update_policy(batch))
@@ -569,8 +602,8 @@ class CPED:
         # random numbers
         batch_size = len(batch.obs)
         uniform = torch.rand(batch_size, self.dim, device=self.device)
-        latent = uniform.logit(eps=6e-8)  # z of the logistic prior; uniform can be 0
-        mix = torch.randn(batch_size, device=self.device)  # deviation 7
+        latent = uniform.logit(eps=6e-8)  # z of the logistic prior; 2^-24 keeps it finite
+        mix = torch.randn(batch_size, device=self.device)  # deviation 3
 
         # discriminator
         self.flow.requires_grad_(flow_learns)
@@ -593,7 +626,7 @@ class CPED:
         metrics = {}
 
         # critics
-        if policy_step >= args.critic_start:  # deviation 10
+        if policy_step >= args.critic_start:  # deviation 6
             noise = torch.randn(len(batch.obs), self.act_dim, device=self.device)
             target = self.td_target(batch, noise)
             loss, critic_metrics = self.critic_loss(batch, target)
@@ -605,27 +638,17 @@ class CPED:
 
         # actor
         if args.constraint == "schedule":
-            self.lagrange.fill_(self.table_lagrange(policy_step))  # deviation 2
-        if policy_step < args.actor_q_start:
-            loss, actor_metrics = self.cloning_loss(batch)
+            self.lagrange.fill_(self.scheduled_lagrange(policy_step))  # deviation 8
+        if policy_step < args.actor_q_start:  # deviation 6
+            loss, actor_metrics = self.actor_loss_cloning(batch)
         elif args.constraint == "schedule":
-            loss, actor_metrics = self.schedule_loss(batch)
+            loss, actor_metrics = self.actor_loss_schedule(batch)
         else:
-            with torch.no_grad():
-                data_nll = -self.flow.log_density(batch.obs, batch.act)  # [B]
-            if args.epsilon_quantile is None:
-                epsilon = data_nll.mean()
-            else:
-                epsilon = data_nll.quantile(args.epsilon_quantile)
-            loss, actor_metrics = self.dual_loss(batch, epsilon)
+            epsilon, data_violation = self.region(batch)
+            loss, actor_metrics = self.actor_loss_dual(batch, epsilon)
         gradient_step(self.actor_adam, loss)
-
-        # alpha
         if args.constraint == "dual" and policy_step >= args.actor_q_start:
-            data_violation = (data_nll - epsilon).relu().mean()
-            ascent = actor_metrics["violation"] - data_violation  # deviation 3
-            self.lagrange += args.lagrange_lr * ascent.clamp(-1, 1)
-            self.lagrange.clamp_(args.lagrange_min, args.lagrange_max)
+            self.update_lagrange(actor_metrics["violation"], data_violation)
 
         # targets
         soft_update(self.actor_target, self.actor, args.tau)
@@ -682,7 +705,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def shuffled_batches(num_rows: int, batch_size: int, seed: int, step: int, device: str):
     """Yields the row indices of updates step, step + 1, ...: shuffled epochs, the last batch short.
 
-    They depend on (seed, step) alone, so a resumed run sees the same batches.
+    The same seed, step and device give the same batches, so a resumed run sees the same ones.
     """
     per_epoch = math.ceil(num_rows / batch_size)
     epoch, skip = divmod(step, per_epoch)
@@ -723,30 +746,32 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     stored = checkpoint["args"]
     unknown = stored.keys() - {field.name for field in fields(Args)}
     if unknown:
-        sys.exit(f"error: {path} has arguments of another version: {', '.join(sorted(unknown))}")
+        names = ", ".join(sorted(unknown))
+        sys.exit(f"error: {path} is of another version of {ALGORITHM}.py, which had: {names}")
     args = tyro.cli(Args, args=argv, default=replace(Args(), **stored), description=__doc__)
     check_args(args)
     for name, value in stored.items():
         if name not in RESUME_MAY_CHANGE and getattr(args, name) != value:
-            sys.exit(f"error: --{name.replace('_', '-')}: this run was started with {value}")
+            flag = name.replace("_", "-")
+            sys.exit(f"error: --{flag} cannot change on --resume: the run was started with {value}")
     return args, checkpoint
 
 
 def check_args(args: Args) -> None:
-    """Ends the program where a number is out of range, or where the task cannot name a folder."""
+    """Ends the program if a number is out of range or --env cannot be the name of a folder."""
     for name, value in asdict(args).items():
         high = 1 if name in AT_MOST_ONE else 2**31 - 1
-        for number in value if isinstance(value, tuple) else (value,):
+        for number in value if isinstance(value, tuple) else (value,):  # cped.py has tables
             low = 0 if isinstance(number, float) or name in MAY_BE_ZERO else 1
             if type(number) in (int, float) and not low <= number <= high:  # NaN is in no range
                 flag = name.replace("_", "-")
                 sys.exit(f"error: --{flag} {number}: must be from {low} to {high}")
     if not re.fullmatch(r"\w[\w.:+-]*(/\w[\w.:+-]*)*", args.env):
-        sys.exit(f"error: --env {args.env!r}: wanted are letters, digits, _ . : + - and single /")
+        sys.exit(f"error: --env {args.env!r}: use only letters, digits, _ . : + - and single /")
 
 
 def new_folder(args: Args) -> Path:
-    """Makes <run_dir>/<task>/<algorithm>/seed<k>-<time>, with a suffix where that exists."""
+    """Makes <run_dir>/<task>/<algorithm>/seed<k>-<time>, adding -2, -3, ... if it exists."""
     parent = Path(args.run_dir) / args.env / ALGORITHM
     name = time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
     for number in itertools.count(1):
@@ -767,7 +792,7 @@ def stop_if_not_finite(values: dict[str, float], step: int, folder: Path) -> Non
 
 
 def save(content: dict, path: Path) -> None:
-    """Replaces the file in one step: after a crash it is the whole old or the whole new one."""
+    """Replaces the file in one step: a crash leaves the old file or the new one, complete."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     part = path.with_suffix(".part")
@@ -782,7 +807,7 @@ def save(content: dict, path: Path) -> None:
 
 
 class Log:
-    """metrics.csv and TensorBoard with the same names; rows are those of a resumed run."""
+    """metrics.csv and TensorBoard with the same names; rows: what a resumed run has logged."""
 
     def __init__(self, folder: Path, columns: list[str], rows: list[dict]):
         self.rows = rows
@@ -815,18 +840,18 @@ def check_constraint(args: Args) -> None:
     if len(table) != len(since):
         sys.exit(
             f"error: --lagrange-table has {len(table)} values and --lagrange-from {len(since)}:"
-            " wanted is one update for each value"
+            " give one start for each alpha"
         )
     if len(table) == 0 or min(table) == 0:
-        sys.exit("error: --lagrange-table: wanted are multipliers above 0")
+        sys.exit("error: --lagrange-table: needs at least one value, and all above 0")
     if since[0] != 0 or list(since) != sorted(set(since)):
-        sys.exit("error: --lagrange-from: wanted are rising updates that begin with 0")
+        sys.exit("error: --lagrange-from: must start at 0 and rise")
     if args.lagrange_min > args.lagrange_max:
         sys.exit(
             f"error: --lagrange-min {args.lagrange_min} is above --lagrange-max {args.lagrange_max}"
         )
     if args.mle_weight == 0:
-        sys.exit("error: --mle-weight 0: must be above 0, Eq. 4 is divided by it")
+        sys.exit("error: --mle-weight 0: must be above 0, the adversarial loss is divided by it")
 
 
 def split_rows(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -847,9 +872,11 @@ def read_flow(args: Args, sha256: str) -> dict:
     if not zipfile.is_zipfile(path):
         sys.exit(f"error: --flow: {path} is not a checkpoint, or a damaged one")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint["algorithm"] != ALGORITHM:
-        sys.exit(f"error: --flow: {path} was written by {checkpoint['algorithm']}.py")
-    stored = checkpoint["args"]
+    if checkpoint.get("algorithm") != ALGORITHM:
+        sys.exit(f"error: --flow: {path} is not a checkpoint of {ALGORITHM}.py")
+    stored = {**asdict(Args()), **checkpoint["args"]}
+    if stored.keys() != asdict(args).keys():
+        sys.exit(f"error: --flow: {path} has arguments of another version")
     step = checkpoint["agent"]["step"]
     for name in FLOW_ARGS:
         if stored[name] != getattr(args, name):
@@ -878,7 +905,8 @@ def main(argv: list[str] | None = None) -> dict:
     # data
     arrays, info = load_dataset(args.env, args.data, need_env=args.eval)
     if checkpoint is not None and checkpoint["info"]["sha256"] != info["sha256"]:
-        sys.exit(f"error: {args.resume} was trained on {checkpoint['info']['id']}: see --data")
+        trained = checkpoint["info"]["id"]
+        sys.exit(f"error: {args.resume} was trained on {trained}, this is other data: see --data")
     if args.reward_transform == "minus_one":
         arrays["rew"] = arrays["rew"] - 1
     all_data = Batch(*(torch.as_tensor(arrays[name], device=device) for name in Batch._fields))
@@ -929,20 +957,20 @@ def main(argv: list[str] | None = None) -> dict:
 
     # training
     seconds = checkpoint["seconds"] if checkpoint else 0.0
-    started = saved = window = time.perf_counter()
-    window_step = agent.step
+    started = saved = logged = time.perf_counter()
+    logged_step = agent.step
     bar = tqdm(initial=agent.step, total=stop, unit=" updates", mininterval=0.5)
-    end = 0
+    end = 0  # updates until the end of a stage
     for stage, length in agent.stages:
         begin = end
         end = min(begin + length, stop)
-        data = datasets[stage]
+        dataset = datasets[stage]
         skip = agent.step - begin
-        batches = shuffled_batches(len(data.obs), args.batch_size, args.seed, skip, device)
+        batches = shuffled_batches(len(dataset.obs), args.batch_size, args.seed, skip, device)
         bar.set_description(stage, refresh=False)
         while agent.step < end:
             indices = next(batches)
-            metrics = agent.update(Batch(*(column[indices] for column in data)))
+            metrics = agent.update(Batch(*(column[indices] for column in dataset)))
             step = agent.step
             bar.update()
 
@@ -950,7 +978,7 @@ def main(argv: list[str] | None = None) -> dict:
             if step % args.log_every == 0:
                 for name, value in metrics.items():
                     row[f"train/{name}"] = value.item()
-                row["time/updates_per_s"] = (step - window_step) / (time.perf_counter() - window)
+                row["time/updates_per_s"] = (step - logged_step) / (time.perf_counter() - logged)
                 if step <= agent.flow_until:
                     for name, rows in zip(DENSITY_METRICS, density_rows):
                         log_density = agent.flow.log_density(all_data.obs[rows], all_data.act[rows])
@@ -966,8 +994,8 @@ def main(argv: list[str] | None = None) -> dict:
             if len(row) > 1:
                 stop_if_not_finite(row, step, folder)
                 log.write(row)
-                window = time.perf_counter()
-                window_step = step
+                logged = time.perf_counter()
+                logged_step = step
 
             if time.perf_counter() - saved > 60 * args.checkpoint_minutes or step == end:
                 content = {
@@ -985,6 +1013,7 @@ def main(argv: list[str] | None = None) -> dict:
                     content["cuda_rng"] = torch.cuda.get_rng_state()
                 for name in agent.NETWORKS:
                     weights = content["agent"][name].items()
+                    # a weight that is NaN or infinite makes the sum so
                     sums = {f"{name}.{key}": tensor.sum().item() for key, tensor in weights}
                     stop_if_not_finite(sums, step, folder)
                 if stage == "flow" and step == end:
@@ -1025,4 +1054,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:  # a full disk, a folder that cannot be written
-        sys.exit(f"error: {error} (what a run has saved is whole: go on with --resume)")
+        sys.exit(f"error: {error} (a checkpoint that was written is intact: see --resume)")

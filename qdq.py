@@ -11,35 +11,38 @@ teacher) and the policy (TD3 with this target and a behaviour term).
     python qdq.py --resume runs/hopper-medium/qdq/seed0-20260101-120000
     python qdq.py --seed 1 --consistency runs/hopper-medium/qdq/seed0-20260101-120000
 
-The last line takes over the finished student of another run, as the authors do for their five
-seeds.
+The last line reuses the finished student of another run, as the authors do for their five
+seeds. Equations without a number here are those of EDM (teacher) and of consistency models
+(student).
 
-Where paper and released code differ, this file follows the code, which produced the
-published numbers:
+Where paper and released code differ, this file follows the code, with which the released
+weights agree. It is not known which settings gave the published tables:
 
  1. The discount of a truncated return begins at 1 in every window. Eq. 5 counts from the
     beginning of the trajectory. The reward of a terminal transition is included.
  2. H is the standard deviation of the K samples, in units of the return. Eq. 6 is a variance
     and divides by K - 1.
- 3. AntMaze has its own multiplier m, because its values are negative: 1 outside of U and, on
-    five tasks, 1 + (1 - 1/H) / 10 inside. Eq. 8 has beta and 1/H. The task umaze-diverse
-    keeps 1/H, which there moves values up.
+ 3. On AntMaze values are negative, and a factor below 1 would raise them. There m is 1 outside
+    of U (Eq. 8: beta) and, on five tasks, 1 + (1 - 1/H) / 10 inside (Eq. 8: 1/H). The task
+    umaze-diverse keeps 1/H, which raises values.
  4. Five AntMaze tasks train the actor by advantage-weighted regression, which the paper
     mentions as an option.
  5. The actor's value term takes the mean action. Its "entropy" term is the log-likelihood
     of the data's actions.
  6. Next actions are drawn from the target policy if gamma > 0, and get TD3's smoothing noise.
  7. The targets of actor and critics move every second update (Algorithm 1: every update).
- 8. The teacher and the student are trained for ten times the updates of Table G.1. Alpha, beta
-    and gamma are those of the authors' configuration files, not of Table G.2.
+ 8. Teacher and student have 800,000 and 1,600,000 updates (two tasks differ, see PRESETS), where
+    Table G.1 prints 80,000 and 160,000. Alpha, beta and gamma are those of the authors'
+    configuration files, not of Table G.2.
  9. The paper does not mention: cosine decays of the step sizes, clipping of the critics'
     gradient, LayerNorm in the critics of the two large mazes, log-std within [-5, 2].
 10. A run is scored by the mean of its last five evaluations (return_last_5, or
     normalized_score_last_5). The paper does not say which evaluations its tables show.
 
-Ours are: batches from shuffled epochs (the code draws each batch from all rows), independent
-draws for next action and smoothing (the code draws both with one random key), and PyTorch's
-RAdam, which adds eps in another place.
+Ours are: batches from shuffled epochs (the authors' code draws each batch from all rows),
+independent draws for next action and smoothing (it draws both with one random key), PyTorch's
+RAdam, which adds eps in another place, a lower bound of 1e-6 on H, and no cap of 100 windows
+per trajectory (which never binds on D4RL).
 """
 
 import csv
@@ -75,7 +78,7 @@ from common import evaluate, load_dataset
 
 ALGORITHM = "qdq"
 EVAL_SEED = 1_000_000  # plus the policy update: all runs are evaluated on the same episodes
-FINAL_SEED = 1_000_000_000  # episodes that no evaluation before has seen
+FINAL_SEED = 1_000_000_000  # episodes that no earlier evaluation has used
 MAY_BE_ZERO = ("seed",)  # all other counts are at least 1
 AT_MOST_ONE = ("discount", "tau", "student_tau", "alpha", "beta")
 RESUME_MAY_CHANGE = (
@@ -93,7 +96,7 @@ RESUME_MAY_CHANGE = (
     "eval_episodes",
     "final_episodes",
 )
-STUDENT_DEPENDS_ON = (  # --consistency wants the same in both runs
+STUDENT_DEPENDS_ON = (  # must be equal in both runs for --consistency
     "reward_transform",
     "batch_size",
     "teacher_steps",
@@ -112,7 +115,7 @@ STUDENT_DEPENDS_ON = (  # --consistency wants the same in both runs
 EVAL_METRICS = ("eval/return", "eval/normalized_score", "eval/episode_length")
 
 # The authors' code (commit 5bc694f). The scale of the frequencies, W, k, the smoothing noise and
-# the period of 2 stand in the paper, too.
+# the period of 2 are in the paper, too.
 WINDOW = 200  # rewards in a truncated return, W
 STRIDE = 10  # transitions between the starts of two windows, k
 FREQUENCY_STD = 16.0  # of the random frequencies of the time features
@@ -136,18 +139,18 @@ AWR_ACTIONS = 30  # actions behind v(s), M
 @dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # task, Minari id or, with a file as data, any Gymnasium id
+    env: str = "hopper-medium"  # task, Minari id, or a Gymnasium id if --data is a file
     data: str = "auto"  # auto, d4rl, minari, bundled, or the path of a file in D4RL's layout
     seed: int = 0  # seed of initialisation, batches and noise; evaluation has its own
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # CUDA if available
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is CUDA if there is a GPU
     compile: bool = False  # compile the losses with torch.compile
     quick: bool = False  # a small protocol of our own, for a machine without a GPU
-    resume: str | None = None  # folder of a run to go on with
+    resume: str | None = None  # folder of the run to continue
     consistency: str | None = None  # run folder or checkpoint whose finished student is reused
     run_dir: str = "runs"  # root folder of all runs
-    total_steps: int = 1_000_000  # updates of the policy stage
+    total_steps: int = 1_000_000  # updates of the policy stage; teacher and student come on top
     stop_after: int | None = None  # policy update after which to end early; resumable
-    log_every: int = 1_000  # updates between log rows, which show the newest minibatch
+    log_every: int = 1_000  # updates of any stage between log rows, which show one minibatch
     checkpoint_minutes: float = 5.0  # minutes between checkpoints
     eval: bool = True  # --no-eval trains without an environment
     eval_every: int = 5_000  # policy updates between evaluations
@@ -164,30 +167,35 @@ class Args:
     student_steps: int = 1_600_000  # updates of the student; deviation 8
     teacher_lr: float = 5e-4  # Adam step size of the teacher, cosine to 0
     student_lr: float = 4e-4  # RAdam step size of the student, cosine to 0
-    actor_lr: float = 3e-4  # Adam step size of the actor, cosine in its own updates: ends at half
+    # Adam step size of the actor: a cosine over total_steps of its own updates, which are half as
+    # many, so that it ends at half
+    actor_lr: float = 3e-4
     critic_lr: float = 3e-4  # Adam step size of the critics, constant
     max_grad_norm: float = 10.0  # largest gradient norm of both critics together
-    discount: float = 0.99  # discount factor, in windows and critics
-    student_tau: float = 0.005  # rate of the student's target network
-    tau: float = 0.005  # rate of the target networks of actor and critics
-    hidden_dim: int = 256  # width of all hidden layers
+    discount: float = 0.99  # discount factor gamma, in windows and critics
+    student_tau: float = 0.005  # rate of the student's target, which moves in every fifth update
+    tau: float = 0.005  # rate of the targets of actor and critics, which move in every second one
+    hidden_dim: int = 256  # width of the hidden layers, a multiple of 32
     hidden_layers: int = 3  # hidden layers of actor and critics
     critic_layer_norm: bool = False  # LayerNorm before each activation of the critics
 
     # algorithm
-    sigma_data: float = 0.5  # scale of the normalised returns in the preconditioning
-    t_min: float = 0.002  # smallest noise level
-    t_max: float = 80.0  # largest noise level, T; the student is sampled there
+    sigma_data: float = 0.5  # standard deviation of normalised returns in the preconditioning
+    t_min: float = 0.002  # smallest noise level, in units of normalised returns
+    t_max: float = 80.0  # largest noise level, T, at which the student is sampled
     karras_rho: float = 7.0  # rho, bends the grid of noise levels
     grid_points: int = 1_000  # noise levels of the distillation, N
     num_samples: int = 50  # sampled returns per next state and action, K
     alpha: float = 0.992  # share of the ordinary target; the pessimistic one has 1 - alpha
-    beta: float = 0.8  # quantile of H in the batch above which a row is uncertain, in U
+    # beta of Eq. 8: the quantile of H above which a row is in U, and the factor m outside of U
+    beta: float = 0.8
     outside_multiplier: float | None = None  # m outside of U; None is beta, as in Eq. 8
     # m in U: 1 / H as in Eq. 8, or 1 + (1 - 1 / H) / 10 for negative values
     inside_multiplier: Literal["inverse", "expand"] = "inverse"
-    gamma_ent: float = 0.8  # gamma of Eq. 9, weight of log pi(a|s) of the data's actions
-    actor_objective: Literal["q", "awr"] = "q"  # Eq. 9, or advantage-weighted regression
+    # gamma of Eq. 9, weight of log pi(a|s) of the data's actions, which awr ignores; if it is
+    # above 0, next actions are sampled, else they are the mean
+    gamma_ent: float = 0.8
+    actor_objective: Literal["q", "awr"] = "q"  # q: Eq. 9; awr: advantage-weighted regression
 
 
 # What all AntMaze tasks share, and what five of them have in addition.
@@ -218,6 +226,7 @@ PRESETS = {
     ),
     "halfcheetah-medium-expert": dict(alpha=0.992, beta=0.9, gamma_ent=2.0),
     "antmaze-umaze": dict(gamma_ent=0.0, max_grad_norm=7.0, **AWR),
+    # alpha is 0.01 in the authors' file, too
     "antmaze-umaze-diverse": dict(alpha=0.01, gamma_ent=1.5, max_grad_norm=7.0, **ANTMAZE),
     "antmaze-medium-play": dict(gamma_ent=0.0, max_grad_norm=7.0, **AWR),
     "antmaze-medium-diverse": dict(gamma_ent=1.0, max_grad_norm=7.0, **AWR),
@@ -246,10 +255,10 @@ QUICK = dict(
 
 
 def mish(x: Tensor) -> Tensor:
-    """x tanh(softplus(x)), with one exponential: on a CPU four times as fast as F.mish."""
+    """x tanh(softplus(x)), with one exponential: on a CPU faster than F.mish."""
     if x.is_cuda:
         return F.mish(x)
-    exp = x.clamp(max=30).exp()
+    exp = x.clamp(max=30).exp()  # beyond 30, mish(x) is x
     w = exp * (exp + 2)
     return x * w / (w + 2)
 
@@ -391,7 +400,7 @@ def karras_grid(points: int, t_min: float, t_max: float, rho: float) -> Tensor:
 def denoise(
     teacher: nn.Module, obs: Tensor, act: Tensor, x: Tensor, t: Tensor, args: Args
 ) -> Tensor:
-    """Teacher D(x, t | s, a): the return [B, 1] without its noise of level t, as in EDM."""
+    """Teacher D(x, t | s, a) [B, 1]: EDM's estimate of the return in x, which has noise t."""
     total = t**2 + args.sigma_data**2
     c_in = 1 / total.sqrt()
     c_skip = args.sigma_data**2 / total
@@ -483,11 +492,11 @@ class Batch(NamedTuple):
     act: Tensor  # [B, A] in [-1, 1]
     rew: Tensor  # [B], transformed
     next_obs: Tensor  # [B, S]
-    not_done: Tensor  # [B], 0 at a terminal, else 1; a timeout is not terminal
+    not_done: Tensor  # [B], 0 if the episode is over, else 1; a timeout is no end
 
 
 class QDQ:
-    """Networks, targets and optimisers of the three stages, and how one batch changes them."""
+    """Networks, targets and optimisers of all stages; `update` is one training step."""
 
     NETWORKS = (
         "teacher",
@@ -500,7 +509,7 @@ class QDQ:
     )
     OPTIMIZERS = ("teacher_adam", "student_radam", "actor_adam", "critic_adam")
     POLICY = ("actor",)  # the networks that act
-    METRICS = (  # of one minibatch, in units of the transformed reward where they are values
+    METRICS = (  # of one minibatch; Q-values are in units of the transformed reward
         "teacher_loss",  # weighted mean of (D(x + t z, t) - x)^2, normalised returns
         "student_loss",  # mean of (f(x_t, t_i) - f_target(x_h, t_{i+1}))^2, normalised returns
         "critic_loss",  # Eq. 7: alpha loss_high + (1 - alpha) loss_low
@@ -530,7 +539,7 @@ class QDQ:
         self.teacher = ReturnNetwork(obs_dim, act_dim, args.hidden_dim).to(device)
         self.teacher_adam = torch.optim.Adam(self.teacher.parameters(), fused=True)
 
-        # The student's target is initialised on its own, not as a copy, as in the code.
+        # The student's target is initialised on its own, not as a copy, as the authors' is.
         self.student = ReturnNetwork(obs_dim, act_dim, args.hidden_dim).to(device)
         self.student_target = ReturnNetwork(obs_dim, act_dim, args.hidden_dim).to(device)
         self.student_target.requires_grad_(False)
@@ -572,7 +581,8 @@ class QDQ:
     def student_loss(self, batch: Windows, i: Tensor, z: Tensor) -> Tensor:
         """Consistency distillation, for points i [B] of the grid and standard normals z [B, 1].
 
-        f at t_i is to be the target's f at t_{i+1}, on the same path of the teacher's ODE.
+        f at t_i is regressed on the target network's f at t_{i+1}, one Heun step along the
+        teacher's ODE.
         """
         args = self.args
         obs, act, x = batch
@@ -591,7 +601,8 @@ class QDQ:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Targets y_H and y_L [B] of Eq. 7's two losses, the ordinary and the pessimistic one.
 
-        All noise is standard normal, [B, A] twice and [B, K]; also returns metrics.
+        H in y_H stands for "high", not for the uncertainty. All noise is standard normal,
+        [B, A] twice and [B, K]. Returns (y_H, y_L, metrics).
         """
         args = self.args
         mu, std = self.actor_target(batch.next_obs)
@@ -599,7 +610,7 @@ class QDQ:
         if args.gamma_ent > 0:
             next_act = mu + std * next_noise  # deviation 6
         smoothing = (TARGET_NOISE * smoothing).clamp(-NOISE_CLIP, NOISE_CLIP)
-        next_act = (next_act + smoothing).clamp(-1, 1)  # [B, A]
+        next_act = (next_act + smoothing).clamp(-1, 1)  # [B, A], deviation 6
 
         samples = sample_returns(
             self.student, batch.next_obs, next_act, return_noise, self.q_range, args
@@ -610,7 +621,7 @@ class QDQ:
         q = self.critic_target(batch.next_obs, next_act).amin(dim=0)  # [B]
         future = args.discount * batch.not_done * q
         target_high = batch.rew + future
-        target_low = batch.rew + m * future  # with Q_L = m Q
+        target_low = batch.rew + m * future  # Eq. 8: Q_L = m Q
         metrics = {
             "uncertainty": h.mean(),
             "multiplier": m.mean(),
@@ -621,14 +632,14 @@ class QDQ:
     def critic_loss(
         self, batch: Batch, target_high: Tensor, target_low: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 7: alpha L_H + (1 - alpha) L_L; and metrics.
+        """Eq. 7: alpha L_H + (1 - alpha) L_L. Returns (loss, metrics).
 
         The gradient is the one of a single loss with the target alpha y_H + (1 - alpha) y_L.
         """
         args = self.args
         q = self.critic(batch.obs, batch.act)  # [2, B]
         loss_high = (q - target_high).square().sum(dim=0).mean()  # Eq. 2
-        loss_low = (q - target_low).square().sum(dim=0).mean()
+        loss_low = (q - target_low).square().sum(dim=0).mean()  # Eq. 2 with y_L
         loss = args.alpha * loss_high + (1 - args.alpha) * loss_low  # Eq. 7
         target = args.alpha * target_high + (1 - args.alpha) * target_low
         metrics = {
@@ -641,7 +652,7 @@ class QDQ:
         return loss, metrics
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 9: -min Q(s, mu(s)) - gamma log pi(a|s) of the data's actions; and metrics."""
+        """Eq. 9: -min Q(s, mu(s)) - gamma log pi(a|s) of the data. Returns (loss, metrics)."""
         mu, std = self.actor(batch.obs)
         log_prob = Normal(mu, std, validate_args=False).log_prob(batch.act).sum(dim=1)  # [B]
         q = self.critic(batch.obs, mu).amin(dim=0)  # [B], deviation 5
@@ -654,15 +665,16 @@ class QDQ:
         return loss, metrics
 
     def awr_loss(self, batch: Batch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Advantage-weighted regression, the actor's loss of deviation 4; and metrics.
+        """Advantage-weighted regression (deviation 4). Returns (loss, metrics).
 
-        The value v(s) is a mean over M actions of the target policy, drawn by noise [M, B, A].
+        The value v(s) is a mean over M actions of the target policy, sampled from noise
+        [M, B, A].
         """
         mu, std = self.actor(batch.obs)
         log_prob = Normal(mu, std, validate_args=False).log_prob(batch.act).sum(dim=1)  # [B]
         with torch.no_grad():
-            mu, std = self.actor_target(batch.obs)
-            act = (mu + std * noise).flatten(0, 1)  # [M B, A]
+            target_mu, target_std = self.actor_target(batch.obs)
+            act = (target_mu + target_std * noise).flatten(0, 1)  # [M B, A]
             obs = batch.obs.repeat(len(noise), 1)  # [M B, S]
             q = self.critic(obs, act).amin(dim=0)  # [M B]
             value = q.view(len(noise), -1).mean(dim=0)  # v(s), [B]
@@ -703,7 +715,7 @@ class QDQ:
         """Update n = 0, 1, ... of the student, with the finished teacher."""
         args = self.args
         set_lr(self.student_radam, cosine(args.student_lr, n / args.student_steps))  # deviation 9
-        # The point t_0 = t_max, at which the student is sampled, is never drawn, as in the code.
+        # As in the authors' code, t_0 = t_max, at which the student is sampled, is never drawn.
         i = torch.randint(1, args.grid_points - 1, (len(batch.x),), device=self.device)
         z = torch.randn(len(batch.x), 1, device=self.device)
         loss = self.student_loss(batch, i, z)
@@ -730,7 +742,7 @@ class QDQ:
         # actor and targets
         if n % POLICY_EVERY == 0:  # deviation 7
             soft_update(self.critic_target, self.critic, args.tau)
-            progress = n // POLICY_EVERY / args.total_steps
+            progress = n // POLICY_EVERY / args.total_steps  # in the actor's own updates
             set_lr(self.actor_adam, cosine(args.actor_lr, progress))  # deviation 9
             if args.actor_objective == "q":
                 loss, self.actor_metrics = self.actor_loss(batch)
@@ -796,7 +808,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def shuffled_batches(num_rows: int, batch_size: int, seed: int, step: int, device: str):
     """Yields the row indices of updates step, step + 1, ...: shuffled epochs, the last batch short.
 
-    They depend on (seed, step) alone, so a resumed run sees the same batches.
+    The same seed, step and device give the same batches, so a resumed run sees the same ones.
     """
     per_epoch = math.ceil(num_rows / batch_size)
     epoch, skip = divmod(step, per_epoch)
@@ -837,30 +849,32 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     stored = checkpoint["args"]
     unknown = stored.keys() - {field.name for field in fields(Args)}
     if unknown:
-        sys.exit(f"error: {path} has arguments of another version: {', '.join(sorted(unknown))}")
+        names = ", ".join(sorted(unknown))
+        sys.exit(f"error: {path} is of another version of {ALGORITHM}.py, which had: {names}")
     args = tyro.cli(Args, args=argv, default=replace(Args(), **stored), description=__doc__)
     check_args(args)
     for name, value in stored.items():
         if name not in RESUME_MAY_CHANGE and getattr(args, name) != value:
-            sys.exit(f"error: --{name.replace('_', '-')}: this run was started with {value}")
+            flag = name.replace("_", "-")
+            sys.exit(f"error: --{flag} cannot change on --resume: the run was started with {value}")
     return args, checkpoint
 
 
 def check_args(args: Args) -> None:
-    """Ends the program where a number is out of range, or where the task cannot name a folder."""
+    """Ends the program if a number is out of range or --env cannot be the name of a folder."""
     for name, value in asdict(args).items():
         high = 1 if name in AT_MOST_ONE else 2**31 - 1
-        for number in value if isinstance(value, tuple) else (value,):
+        for number in value if isinstance(value, tuple) else (value,):  # cped.py has tables
             low = 0 if isinstance(number, float) or name in MAY_BE_ZERO else 1
             if type(number) in (int, float) and not low <= number <= high:  # NaN is in no range
                 flag = name.replace("_", "-")
                 sys.exit(f"error: --{flag} {number}: must be from {low} to {high}")
     if not re.fullmatch(r"\w[\w.:+-]*(/\w[\w.:+-]*)*", args.env):
-        sys.exit(f"error: --env {args.env!r}: wanted are letters, digits, _ . : + - and single /")
+        sys.exit(f"error: --env {args.env!r}: use only letters, digits, _ . : + - and single /")
 
 
 def new_folder(args: Args) -> Path:
-    """Makes <run_dir>/<task>/<algorithm>/seed<k>-<time>, with a suffix where that exists."""
+    """Makes <run_dir>/<task>/<algorithm>/seed<k>-<time>, adding -2, -3, ... if it exists."""
     parent = Path(args.run_dir) / args.env / ALGORITHM
     name = time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
     for number in itertools.count(1):
@@ -881,7 +895,7 @@ def stop_if_not_finite(values: dict[str, float], step: int, folder: Path) -> Non
 
 
 def save(content: dict, path: Path) -> None:
-    """Replaces the file in one step: after a crash it is the whole old or the whole new one."""
+    """Replaces the file in one step: a crash leaves the old file or the new one, complete."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     part = path.with_suffix(".part")
@@ -896,7 +910,7 @@ def save(content: dict, path: Path) -> None:
 
 
 class Log:
-    """metrics.csv and TensorBoard with the same names; rows are those of a resumed run."""
+    """metrics.csv and TensorBoard with the same names; rows: what a resumed run has logged."""
 
     def __init__(self, folder: Path, columns: list[str], rows: list[dict]):
         self.rows = rows
@@ -923,7 +937,7 @@ class Log:
 
 
 def reuse_student(agent: QDQ, args: Args, info: dict) -> None:
-    """Takes over teacher and student of the run --consistency, if it trained the same student."""
+    """Takes over teacher and student of the run --consistency, if its student is the same."""
     path = Path(args.consistency)
     if path.is_dir():
         path = path / "checkpoint.pt"
@@ -938,7 +952,8 @@ def reuse_student(agent: QDQ, args: Args, info: dict) -> None:
     if stored.keys() != asdict(args).keys():
         sys.exit(f"error: --consistency: {path} has arguments of another version")
     if checkpoint["info"]["sha256"] != info["sha256"]:
-        sys.exit(f"error: --consistency: {path} was trained on {checkpoint['info']['id']}")
+        trained = checkpoint["info"]["id"]
+        sys.exit(f"error: --consistency: {path} was trained on other data, {trained}")
     for name in STUDENT_DEPENDS_ON:
         value = getattr(args, name)
         if stored[name] != value:
@@ -956,7 +971,7 @@ def reuse_student(agent: QDQ, args: Args, info: dict) -> None:
 def main(argv: list[str] | None = None) -> dict:
     args, checkpoint = parse_args(argv)
     if args.hidden_dim < 64 or args.hidden_dim % 32 > 0:
-        sys.exit(f"error: --hidden-dim {args.hidden_dim}: must be 64, 96, 128, ..., for 32 groups")
+        sys.exit(f"error: --hidden-dim {args.hidden_dim}: must be a multiple of 32 from 64 on")
     if args.grid_points < 3:
         sys.exit(f"error: --grid-points {args.grid_points}: must be 3 or more")
     if not 0 < args.t_min < args.t_max:
@@ -976,7 +991,8 @@ def main(argv: list[str] | None = None) -> dict:
     # data
     arrays, info = load_dataset(args.env, args.data, need_env=args.eval)
     if checkpoint is not None and checkpoint["info"]["sha256"] != info["sha256"]:
-        sys.exit(f"error: {args.resume} was trained on {checkpoint['info']['id']}: see --data")
+        trained = checkpoint["info"]["id"]
+        sys.exit(f"error: {args.resume} was trained on {trained}, this is other data: see --data")
     if args.reward_transform == "minus_one":
         arrays["rew"] = arrays["rew"] - 1
     arrays["act"] = arrays["act"].clip(-1 + 1e-5, 1 - 1e-5)
@@ -1036,20 +1052,20 @@ def main(argv: list[str] | None = None) -> dict:
 
     # training
     seconds = checkpoint["seconds"] if checkpoint else 0.0
-    started = saved = window = time.perf_counter()
-    window_step = agent.step
+    started = saved = logged = time.perf_counter()
+    logged_step = agent.step
     bar = tqdm(initial=agent.step, total=stop, unit=" updates", mininterval=0.5)
-    end = 0
+    end = 0  # updates until the end of a stage
     for stage, length in agent.stages:
         begin = end
         end = min(begin + length, stop)
-        data = datasets[stage]
+        dataset = datasets[stage]
         skip = agent.step - begin
-        batches = shuffled_batches(len(data.obs), args.batch_size, args.seed, skip, device)
+        batches = shuffled_batches(len(dataset.obs), args.batch_size, args.seed, skip, device)
         bar.set_description(stage, refresh=False)
         while agent.step < end:
             indices = next(batches)
-            batch = type(data)(*(column[indices] for column in data))
+            batch = type(dataset)(*(column[indices] for column in dataset))
             metrics = agent.update(stage, batch)
             step = agent.step
             bar.update()
@@ -1058,7 +1074,7 @@ def main(argv: list[str] | None = None) -> dict:
             if step % args.log_every == 0:
                 for name, value in metrics.items():
                     row[f"train/{name}"] = value.item()
-                row["time/updates_per_s"] = (step - window_step) / (time.perf_counter() - window)
+                row["time/updates_per_s"] = (step - logged_step) / (time.perf_counter() - logged)
             updates = step - begin  # of this stage
             due = updates % args.eval_every == 0 or updates == length
             if args.eval and stage == "policy" and due:
@@ -1070,8 +1086,8 @@ def main(argv: list[str] | None = None) -> dict:
             if len(row) > 1:
                 stop_if_not_finite(row, step, folder)
                 log.write(row)
-                window = time.perf_counter()
-                window_step = step
+                logged = time.perf_counter()
+                logged_step = step
 
             if time.perf_counter() - saved > 60 * args.checkpoint_minutes or step == end:
                 content = {
@@ -1089,6 +1105,7 @@ def main(argv: list[str] | None = None) -> dict:
                     content["cuda_rng"] = torch.cuda.get_rng_state()
                 for name in agent.NETWORKS:
                     weights = content["agent"][name].items()
+                    # a weight that is NaN or infinite makes the sum so
                     sums = {f"{name}.{key}": tensor.sum().item() for key, tensor in weights}
                     stop_if_not_finite(sums, step, folder)
                 save(content, folder / "checkpoint.pt")
@@ -1127,4 +1144,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:  # a full disk, a folder that cannot be written
-        sys.exit(f"error: {error} (what a run has saved is whole: go on with --resume)")
+        sys.exit(f"error: {error} (a checkpoint that was written is intact: see --resume)")
