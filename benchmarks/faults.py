@@ -39,7 +39,7 @@ FLAGS = (
 STAGES = {  # n: updates of each stage
     "dac": "--num-critics 2 --num-next-actions 2 --hidden-dim 16 --total-steps {n}",
     "qdq": (
-        "--num-samples 4 --hidden-dim 32 --teacher-steps {n} --student-steps {n} --total-steps {n}"
+        "--num-samples 4 --hidden-dim 64 --teacher-steps {n} --student-steps {n} --total-steps {n}"
     ),
     "cped": (
         "--flow-hidden-dim 16 --hidden-dim 16 --critic-start 20 --actor-q-start 30"

@@ -113,7 +113,7 @@ def test_replay_is_the_training_run_in_order(tiny):
     np.testing.assert_allclose(starts[:, 0], 1.25, atol=0.0051)
 
 
-def test_full_replay_is_the_whole_training_run(tiny, capsys):
+def test_full_replay_is_the_whole_training_run(tiny, tmp_path, capsys):
     collect.main(tiny_args(tiny, quality=("full-replay",), medium_return=1e6))  # none is medium
     collect.main(tiny_args(tiny, quality=("full-replay",), medium_return=0.0))  # does not matter
     assert capsys.readouterr().out.count("made before, left alone") == 1
@@ -132,6 +132,9 @@ def test_full_replay_is_the_whole_training_run(tiny, capsys):
     assert (recipe["quality"], recipe["total_steps"]) == ("full-replay", 600)
     with pytest.raises(SystemExit, match="made with other settings"):
         collect.main(tiny_args(tiny, quality=("full-replay",), total_steps=400))
+    # a longer run goes on training although the medium policy is reached
+    collect.main(tiny_args(tiny, quality=("full-replay",), total_steps=800, out=tmp_path))
+    assert len(read(tmp_path / "hopper-full-replay.hdf5")["rewards"]) >= 800
 
 
 def test_resumed_training_equals_unbroken_training(tiny, tmp_path):
