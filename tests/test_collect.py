@@ -4,7 +4,6 @@ bundled files."""
 import hashlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import h5py
@@ -16,10 +15,7 @@ import common
 pytest.importorskip("stable_baselines3", reason="needs benchmarks/requirements.txt")
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import collect  # noqa: E402
-
-sys.path.remove(str(ROOT / "benchmarks"))
 
 # 0.7 to 1.4 times D4RL's mean return
 BUNDLED = {"hopper-medium": (994, 1988), "hopper-medium-replay": (327, 654)}

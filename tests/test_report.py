@@ -4,7 +4,6 @@ side by side."""
 import csv
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +17,10 @@ from common import TASKS
 for name in ("matplotlib", "scipy"):
     pytest.importorskip(name, reason="needs benchmarks/requirements.txt")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import record  # noqa: E402
 import report  # noqa: E402
 import rows  # noqa: E402
 
-sys.path.remove(str(ROOT / "benchmarks"))
 HOPPER = "d4rl/hopper-medium-replay-v2"
 
 

@@ -25,11 +25,8 @@ import dac
 for name in ("rich", "ray"):
     pytest.importorskip(name, reason="needs benchmarks/requirements.txt")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import rows  # noqa: E402
 import sweep  # noqa: E402
-
-sys.path.remove(str(ROOT / "benchmarks"))
 
 SMALL = (
     "--num-critics 2 --num-next-actions 2 --hidden-dim 16 --batch-size 64 --log-every 5"
