@@ -285,7 +285,7 @@ def start(*argv: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(condition, seconds: float = 120):
+def wait_for(condition, seconds: float = 300):
     """The first true value of a condition."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
