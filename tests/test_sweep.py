@@ -282,7 +282,14 @@ def test_a_ray_that_cannot_be_had_is_one_sentence(address, where, folder, monkey
 
 def start(*argv: str) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "benchmarks" / "sweep.py"), "--algorithms", "dac", *argv]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # a shell's background job, which these tests may be, ignores SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for(condition, seconds: float = 300):
