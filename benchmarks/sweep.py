@@ -156,6 +156,8 @@ def command(job: Job, run: Path | None) -> list[str]:
 
 def attempt(job: Job, cwd: Path) -> None:
     """The Ray task: the job's command, from its newest checkpoint to its end."""
+    # Ray cancels by SIGINT, which a shell's background job ignores, and so do its workers.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)  # the sweep's: paths in flags are relative to it
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("a") as log:

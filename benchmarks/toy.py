@@ -206,7 +206,7 @@ def train_qdq(data: Bandit, scale: float) -> tuple[qdq.QDQ, np.ndarray]:
         teacher_lr=5e-3,
         student_lr=5e-3,
         student_tau=1.0,
-        grid_points=10,
+        grid_points=80,  # so that the first of them, next to t_max, is close to it
         num_samples=2,
         hidden_dim=128,
         hidden_layers=2,

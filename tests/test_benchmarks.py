@@ -24,7 +24,6 @@ README = (BENCHMARKS / "README.md").read_text().replace("\\\n", " ")
 
 
 def run_program(monkeypatch, name: str, *argv: str) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
     runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
 
@@ -194,7 +193,6 @@ def test_baselines_learn_from_the_loaders_transitions(algorithm, dataset, tmp_pa
     assert result["normalized_score_best"] == max(scores) and result["updates"] == 6
     assert {"final_normalized_score", "final_normalized_score_error"} <= result.keys()
 
-    monkeypatch.syspath_prepend(BENCHMARKS)
     import rows as result_rows
 
     run = result_rows.read_run(folder)
@@ -263,7 +261,6 @@ def test_uncertainty_of_a_trained_student(tmp_path, monkeypatch):
 def test_the_teachers_samples_follow_its_denoiser(monkeypatch):
     """With D(x, t) = 0.25 everywhere, all of the teacher's samples are 0.25, in return units."""
     pytest.importorskip("scipy", reason="needs benchmarks/requirements.txt")
-    monkeypatch.syspath_prepend(BENCHMARKS)
     import uncertainty
 
     agent = qdq.QDQ(11, 3, qdq.Args(hidden_dim=64))
@@ -279,7 +276,6 @@ def test_the_teachers_samples_follow_its_denoiser(monkeypatch):
 
 
 def test_throughput_counts_the_products_and_writes_a_row(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
     import throughput
 
     layer = torch.nn.Linear(5, 7)
@@ -320,7 +316,6 @@ def test_throughput_counts_the_products_and_writes_a_row(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("script", "stage"), [("dac", "policy"), ("qdq", "teacher")])
 def test_throughput_measures_other_stages(script, stage, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
     import throughput
 
     step = throughput.make_step(script, stage, False, throughput.Args(), "cpu")

@@ -4,7 +4,6 @@ bundled files."""
 import hashlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import h5py
@@ -16,10 +15,7 @@ import common
 pytest.importorskip("stable_baselines3", reason="needs benchmarks/requirements.txt")
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import collect  # noqa: E402
-
-sys.path.remove(str(ROOT / "benchmarks"))
 
 # 0.7 to 1.4 times D4RL's mean return
 BUNDLED = {"hopper-medium": (994, 1988), "hopper-medium-replay": (327, 654)}
@@ -113,7 +109,7 @@ def test_replay_is_the_training_run_in_order(tiny):
     np.testing.assert_allclose(starts[:, 0], 1.25, atol=0.0051)
 
 
-def test_full_replay_is_the_whole_training_run(tiny, capsys):
+def test_full_replay_is_the_whole_training_run(tiny, tmp_path, capsys):
     collect.main(tiny_args(tiny, quality=("full-replay",), medium_return=1e6))  # none is medium
     collect.main(tiny_args(tiny, quality=("full-replay",), medium_return=0.0))  # does not matter
     assert capsys.readouterr().out.count("made before, left alone") == 1
@@ -132,6 +128,9 @@ def test_full_replay_is_the_whole_training_run(tiny, capsys):
     assert (recipe["quality"], recipe["total_steps"]) == ("full-replay", 600)
     with pytest.raises(SystemExit, match="made with other settings"):
         collect.main(tiny_args(tiny, quality=("full-replay",), total_steps=400))
+    # a longer run goes on training although the medium policy is reached
+    collect.main(tiny_args(tiny, quality=("full-replay",), total_steps=800, out=tmp_path))
+    assert len(read(tmp_path / "hopper-full-replay.hdf5")["rewards"]) >= 800
 
 
 def test_resumed_training_equals_unbroken_training(tiny, tmp_path):

@@ -4,7 +4,6 @@ side by side."""
 import csv
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +17,10 @@ from common import TASKS
 for name in ("matplotlib", "scipy"):
     pytest.importorskip(name, reason="needs benchmarks/requirements.txt")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import record  # noqa: E402
 import report  # noqa: E402
 import rows  # noqa: E402
 
-sys.path.remove(str(ROOT / "benchmarks"))
 HOPPER = "d4rl/hopper-medium-replay-v2"
 
 
@@ -140,7 +137,7 @@ SCRIPTS = [  # one stage, and stages before the policy's
         "--hidden-dim 16 --num-critics 2 --num-next-actions 1 --num-eval-actions 1",
     ),
     (cped, "--flow-steps 20 --flow-hidden-dim 16"),
-    (qdq, "--teacher-steps 2 --student-steps 2 --hidden-dim 32"),
+    (qdq, "--teacher-steps 2 --student-steps 2 --hidden-dim 64"),
 ]
 
 
@@ -242,16 +239,18 @@ def test_aggregates_over_three_tasks(tmp_path):
     for i, env in enumerate(TASKS[:3]):
         for algorithm, level in (("dac", 60), ("cped", 40)):
             for seed in range(4):
-                score = finals[algorithm, i, seed] = level + 10 * i + seed
+                score = finals[algorithm, i, seed] = level + 10 * i + seed**3 / 8
                 write_run(tmp_path, [score, score], algorithm, seed, f"d4rl/{env}-v2", env)
     write_run(tmp_path, [1, 1], "qdq", 0, f"d4rl/{TASKS[0]}-v2", TASKS[0])
     page = make(tmp_path)
     aggregates = table(tmp_path / "page" / "aggregates-d4rl.csv")
     rows = {(row["metric"], row["algorithm"]): row for row in aggregates}
     scores = sorted(score for (algorithm, *_), score in finals.items() if algorithm == "dac")
-    middle = scores[3:-3]  # 12 scores less 3 on each side
-    assert float(rows["interquartile mean", "dac"]["value"]) == np.mean(middle)
-    assert float(rows["optimality gap to 100", "dac"]["value"]) == 100 - 71.5
+    middle = np.mean(scores[3:-3])  # 12 scores less 3 on each side
+    assert abs(middle - np.mean(scores[1:-1])) > 0.1
+    gap = 100 - np.mean(scores)
+    assert float(rows["interquartile mean", "dac"]["value"]) == pytest.approx(middle, abs=1e-4)
+    assert float(rows["optimality gap to 100", "dac"]["value"]) == pytest.approx(gap, abs=1e-4)
     pair = rows["probability of improvement", "cped better than dac"]
     assert float(pair["value"]) == 0
     assert "Not here, for want of two seeds on each of these: qdq." in page

@@ -25,11 +25,8 @@ import dac
 for name in ("rich", "ray"):
     pytest.importorskip(name, reason="needs benchmarks/requirements.txt")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import rows  # noqa: E402
 import sweep  # noqa: E402
-
-sys.path.remove(str(ROOT / "benchmarks"))
 
 SMALL = (
     "--num-critics 2 --num-next-actions 2 --hidden-dim 16 --batch-size 64 --log-every 5"
@@ -285,10 +282,17 @@ def test_a_ray_that_cannot_be_had_is_one_sentence(address, where, folder, monkey
 
 def start(*argv: str) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "benchmarks" / "sweep.py"), "--algorithms", "dac", *argv]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # a shell's background job, which these tests may be, ignores SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
-def wait_for(condition, seconds: float = 120):
+def wait_for(condition, seconds: float = 300):
     """The first true value of a condition."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
