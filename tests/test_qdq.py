@@ -1433,7 +1433,7 @@ def test_a_run_with_a_reused_student_resumes_without_it(run, monkeypatch):
         ("--teacher-steps", "13", "has --teacher-steps 12, this run 13"),
         ("--discount", "0.98", "discount"),
         ("--hidden-dim", "96", "hidden-dim"),
-        ("--data", "other", "was trained on file/small"),
+        ("--data", "other", "was trained on other data, file/small"),
     ],
 )
 def test_a_student_made_otherwise_is_refused(run, tmp_path, flag, value, message):
@@ -1483,8 +1483,8 @@ def test_a_file_that_holds_no_student_is_refused(run, tmp_path):
     [
         ("--beta 1.5", "--beta 1.5: must be from 0 to 1"),
         ("--alpha 1.5", "--alpha 1.5: must be from 0 to 1"),
-        ("--hidden-dim 32", "--hidden-dim 32: must be 64, 96, 128"),
-        ("--hidden-dim 80", "--hidden-dim 80: must be 64, 96, 128"),
+        ("--hidden-dim 32", "--hidden-dim 32: must be a multiple of 32 from 64 on"),
+        ("--hidden-dim 80", "--hidden-dim 80: must be a multiple of 32 from 64 on"),
         ("--grid-points 2", "--grid-points 2: must be 3 or more"),
         ("--t-min 0", "--t-min 0.0: must be above 0 and below --t-max 80.0"),
         ("--t-min 80", "--t-min 80.0: must be above 0 and below --t-max 80.0"),
