@@ -637,6 +637,7 @@ class CPED:
             return metrics
 
         # actor
+        self.critic.requires_grad_(False)  # only the actor's gradient is needed
         if args.constraint == "schedule":
             self.lagrange.fill_(self.scheduled_lagrange(policy_step))  # deviation 8
         if policy_step < args.actor_q_start:  # deviation 6
@@ -647,6 +648,7 @@ class CPED:
             epsilon, data_violation = self.region(batch)
             loss, actor_metrics = self.actor_loss_dual(batch, epsilon)
         gradient_step(self.actor_adam, loss)
+        self.critic.requires_grad_(True)
         if args.constraint == "dual" and policy_step >= args.actor_q_start:
             self.update_lagrange(actor_metrics["violation"], data_violation)
 

@@ -59,7 +59,7 @@ from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage.datasets_root_dir import get_dataset_path
 from tqdm import tqdm
 
-from common import EVALUATION_ENVS, REFERENCE_RETURNS
+from common import EVALUATION_ENVS, REFERENCE_RETURNS, build_env
 
 try:
     from stable_baselines3 import SAC
@@ -149,13 +149,8 @@ def fail(message: str) -> None:
 
 
 def make_env(env_id: str) -> gym.Env:
-    """`gym.make` without the notice that v5 exists: v4 is the environment of D4RL's v2 datasets."""
-    level = gym.logger.min_level
-    gym.logger.min_level = gym.logger.ERROR
-    try:
-        return gym.make(env_id)
-    finally:
-        gym.logger.min_level = level
+    """The environment of D4RL's v2 datasets, with Hopper's contacts as they were then."""
+    return build_env({"env": env_id, "d4rl_contacts": env_id == EVALUATION_ENVS["hopper"]})
 
 
 def derive_seed(*parts: int) -> int:

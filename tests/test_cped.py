@@ -1337,3 +1337,32 @@ def test_copied_alone_it_trains_saves_resumes_and_acts(tmp_path):
     assert result["updates"] == 12 + 16 and math.isfinite(result["final_return"])
     names = {path.name for path in folder.iterdir()}
     assert names >= {"args.json", "metrics.csv", "checkpoint.pt", "flow.pt", "result.json"}
+
+
+def test_the_actors_step_leaves_no_gradient_in_the_critics(monkeypatch):
+    args = cped.Args(flow_steps=1, critic_start=0, actor_q_start=0, policy_every=1, hidden_dim=8)
+    agent = cped.CPED(3, 2, args)
+    agent.step = 1
+    before = []
+    step = agent.actor_adam.step
+
+    def actor_step():
+        before.append([p.grad.clone() for p in agent.critic.parameters()])
+        step()
+
+    monkeypatch.setattr(agent.actor_adam, "step", actor_step)
+    batch = cped.Batch(
+        torch.randn(4, 3), torch.rand(4, 2), torch.randn(4), torch.randn(4, 3), torch.ones(4)
+    )
+    gradients = []
+    critic_step = agent.critic_adam.step
+
+    def recorded():
+        gradients.append([p.grad.clone() for p in agent.critic.parameters()])
+        critic_step()
+
+    monkeypatch.setattr(agent.critic_adam, "step", recorded)
+    agent.update(batch)
+    for own, after in zip(gradients[0], before[0]):  # those of the critics' own step, still
+        assert torch.equal(own, after)
+    assert all(p.requires_grad for p in agent.critic.parameters())

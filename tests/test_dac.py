@@ -369,6 +369,13 @@ def test_td_target_reduces_actions_before_critics_and_bootstraps_timeouts(float6
     assert y[7] == batch.rew[7]
 
 
+def test_critic_in_pieces_equals_critic_at_once(float64):
+    agent, _, _ = reference_agent()
+    obs, act = torch.randn(1100, S), torch.randn(1100, A)
+    pieces = dac.in_pieces(agent.critic, obs, act)
+    close(pieces.detach(), agent.critic(obs, act).detach())
+
+
 def test_ensemble_equals_separate_networks(float64):
     agent, batch, _ = reference_agent()
     for head in range(H):
