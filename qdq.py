@@ -234,17 +234,20 @@ PRESETS = {
     "antmaze-large-diverse": dict(gamma_ent=0.0, max_grad_norm=3.0, critic_layer_norm=True, **AWR),
 }
 
-# Ours. Fewer samples, faster targets and a larger weight of the behaviour term, because Q is
-# unreliable after so few updates.
+# Ours. Narrow networks, few samples, fast targets, and a large weight of the behaviour term,
+# because Q is unreliable after so few updates.
 QUICK = dict(
     teacher_steps=3_000,
     student_steps=4_000,
     student_tau=0.1,
-    total_steps=5_000,
+    total_steps=9_000,
+    hidden_dim=128,
     num_samples=10,
-    tau=0.02,
-    gamma_ent=16.0,
-    eval_every=1_000,
+    actor_lr=1e-3,
+    critic_lr=1e-3,
+    tau=0.03,
+    gamma_ent=64.0,
+    eval_every=3_000,
     eval_episodes=10,
     final_episodes=20,
     log_every=500,
