@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import common
+import dac
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [name for name in ("dac.py", "qdq.py", "cped.py") if (ROOT / name).exists()]
@@ -53,14 +54,31 @@ def test_readme_commands_parse(line, monkeypatch, tmp_path):
         assert isinstance(args, module.Args)
 
 
-def test_the_python_examples_of_the_readme_run(tmp_path, monkeypatch):
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_the_data_of_the_readme_load(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(blocks[0], {})
+    exec(python_blocks()[0], {})
     arrays, info = common.load_dataset("Hopper-v4", "my.npz")
     assert info["episodes"] == 10 and len(arrays["obs"]) == 9990
-    for block in blocks[1:]:
-        ast.parse(block)
+
+
+def test_a_policy_acts_and_is_exported_as_the_readme_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for block in python_blocks() if "checkpoint.pt" in block]
+    agent = dac.DAC(11, 3, dac.Args())
+    content = {"obs_dim": 11, "act_dim": 3, "args": asdict(agent.args), "agent": agent.state_dict()}
+    torch.save(content, "checkpoint.pt")
+    names = {}
+    exec(block, names)
+    assert names["actions"].shape == (1, 3)
+    exported = torch.export.load("policy.pt2").module()
+    obs = torch.randn(1, 11)
+    noise = torch.randn(5, 1, 3)
+    expected = dac.sample_actions(agent.actor, obs, noise, agent.schedule)
+    torch.testing.assert_close(exported(obs, noise), expected)
 
 
 def requirements() -> dict[str, str]:
