@@ -1,10 +1,10 @@
 """DAC: Diffusion Actor-Critic (Fang et al., ICLR 2025, arXiv:2405.20555).
 
 The policy is a diffusion model. KL-constrained policy iteration asks it to become
-pi_beta(a|s) exp(Q(s, a) / eta) (Theorem 1). For noised actions x_t, this policy's noise
-predictor is that of the data minus sqrt(1 - alpha_bar_t) grad Q(s, x_t) / eta (Theorem 2).
-The actor is therefore trained by regression, and no gradient flows through the sampling
-chain.
+pi_beta(a|s) exp(Q(s, a) / eta) (Theorem 1). At noised actions x_t, the noise predictor of
+this policy is the data's noise predictor minus sqrt(1 - alpha_bar_t) grad Q(s, x_t) / eta
+(Theorem 2). The actor is therefore trained by regression, and no gradient flows through the
+sampling chain.
 
     python dac.py --env hopper-medium                   # published settings
     python dac.py --env hopper-medium-replay --quick    # five minutes on a laptop
@@ -125,7 +125,7 @@ class Args:
     max_grad_norm: float = 1.0  # largest gradient norm of the actor, and of all critics together
     tau: float = 0.005  # rate of the targets: target <- (1 - tau) target + tau online
     actor_target_every: int = 5  # updates between steps of the actor's target
-    actor_target_start: int = 1_000  # the actor's target stays still through this update, from 0
+    actor_target_start: int = 1_000  # the actor's target moves only after this update
     hidden_dim: int = 256  # width of the three hidden layers of all networks
 
     # algorithm
@@ -135,13 +135,13 @@ class Args:
     num_critics: int = 10  # critics in the ensemble, H
     num_next_actions: int = 10  # next actions per transition in the critic target, N
     next_action_reduce: Literal["mean", "max"] = "mean"  # how a critic's N values become one
-    q_target: Literal["lcb", "min"] = "lcb"  # how the H values become one
+    q_target: Literal["lcb", "min"] = "lcb"  # how the H values become one: Q_LCB, or the smallest
     rho: float = 1.0  # Q_LCB is the mean minus rho standard deviations of the H critics
     eta: float = 1.0  # eta, weight of the behaviour term; its initial value
     eta_lr: float = 1e-3  # step size of the dual ascent on eta; 0 keeps eta fixed
     eta_min: float = 1e-3  # lower bound of eta
     eta_max: float = 100.0  # upper bound of eta
-    # b, the behaviour loss per action dimension that the dual ascent aims at; no noise predicted: 1
+    # b, behaviour loss per action dimension that the dual ascent aims at; predicting 0 has about 1
     bc_threshold: float = 1.0
     num_eval_actions: int = 10  # candidates of which the evaluated policy takes the best, K
 
@@ -208,7 +208,7 @@ class NoisePredictor(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, diffusion_steps: int, hidden_dim: int):
         super().__init__()
-        frequency = torch.exp(-torch.arange(8) * math.log(10_000) / 7)  # sizes: released code
+        frequency = torch.exp(-torch.arange(8) * math.log(10_000) / 7)  # released code's
         angle = torch.arange(diffusion_steps + 1)[:, None] * frequency
         features = torch.cat([angle.cos(), angle.sin()], dim=1)  # [T + 1, 16]
         self.register_buffer("time_features", features, persistent=False)
