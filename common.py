@@ -320,7 +320,7 @@ def find_file(task: str, data: str) -> tuple[Path, str]:
         if bundled.exists():
             return bundled, f"bundled/{name}"
         names = ", ".join(file.stem for file in sorted(BUNDLED.glob("*.hdf5")))
-        raise UserError(f"--data bundled: only {names} come along")
+        raise UserError(f"--data bundled: only {names} are bundled")
 
     # The folder and file names are the D4RL package's own, so both find what the other downloaded.
     remote = d4rl_path(task)
@@ -1284,7 +1284,7 @@ def main(argv: list[str] | None = None) -> dict[str, np.ndarray] | None:
     trained = checkpoint["info"]
     info = trained if options.env is None else task_facts(options.env, need_env=True)
     if info["env"] is None:
-        raise UserError("this run was trained with --no-eval: say by --env where to evaluate it")
+        raise UserError("this run was trained with --no-eval: name an environment with --env")
     env = make_env(info)
     env.close()
     check_sizes(checkpoint, env)
@@ -1315,7 +1315,7 @@ def check_options(options: Options) -> None:
     """Ends the program where options contradict each other, or cannot be met."""
     if options.checkpoint is None:
         if options.env is None:
-            raise UserError("name a checkpoint to evaluate, or by --env a dataset to describe")
+            raise UserError("name a run to evaluate, or a dataset to describe with --env")
         for name in ("episodes", "seed", "video", "script"):
             if getattr(options, name) is not None:
                 raise UserError(f"--{name} needs a checkpoint")
@@ -1352,6 +1352,8 @@ def read_checkpoint(path: Path) -> dict:
         if not isinstance(checkpoint.get(key), kind):
             raise UserError(f"{path} is not a checkpoint of a run: it lacks {key}")
     info = checkpoint["info"]
+    for key in ("env", "ref_min", "ref_max"):
+        info.setdefault(key)  # a script can have had another load_dataset
     references = [info.get("ref_min"), info.get("ref_max")]
     scored = all(isinstance(reference, int | float) for reference in references)
     if not isinstance(info.get("env"), str | None) or not (scored or references == [None, None]):
@@ -1587,8 +1589,7 @@ def print_returns(rew: np.ndarray, ends: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    with warnings.catch_warnings(action="ignore"):  # Gymnasium's: AntMaze is registered again
-        import common  # as the scripts see it; this file, the program, is another module
+    import common  # as the scripts see it; this file, the program, is another module
 
     try:
         common.main()

@@ -148,7 +148,8 @@ class Args:
     resume: str | None = None  # folder of the run to continue
     run_dir: str = "runs"  # root folder of all runs
     total_steps: int = 1_000_000  # updates of the policy stage, after those of the flow stage
-    stop_after: int | None = None  # policy update after which to end early; resumable
+    # policy update after which to end early, with a result; on --resume, None goes on to the end
+    stop_after: int | None = None
     log_every: int = 1_000  # updates between log rows, which show the newest minibatch
     checkpoint_minutes: float = 5.0  # minutes between checkpoints
     eval: bool = True  # --no-eval trains without an environment
@@ -743,8 +744,8 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     if not zipfile.is_zipfile(path):
         sys.exit(f"error: {path} is not a checkpoint, or a damaged one")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint["algorithm"] != ALGORITHM:
-        sys.exit(f"error: {path} was written by {checkpoint['algorithm']}.py")
+    if checkpoint.get("algorithm") != ALGORITHM:
+        sys.exit(f"error: {path} was written by {checkpoint.get('algorithm')}.py")
     stored = checkpoint["args"]
     unknown = stored.keys() - {field.name for field in fields(Args)}
     if unknown:
@@ -769,17 +770,18 @@ def check_args(args: Args) -> None:
                 flag = name.replace("_", "-")
                 sys.exit(f"error: --{flag} {number}: must be from {low} to {high}")
     if not re.fullmatch(r"\w[\w.:+-]*(/\w[\w.:+-]*)*", args.env):
-        sys.exit(f"error: --env {args.env!r}: use only letters, digits, _ . : + - and single /")
+        sys.exit(f"error: --env {args.env!r}: use letters, digits, _ . : + -, and / between parts")
 
 
 def new_folder(args: Args) -> Path:
     """Makes <run_dir>/<task>/<algorithm>/seed<k>-<time>, adding -2, -3, ... if it exists."""
     parent = Path(args.run_dir) / args.env / ALGORITHM
+    parent.mkdir(parents=True, exist_ok=True)
     name = time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):  # of another run that was started in the same second
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
 
 
@@ -845,7 +847,7 @@ def check_constraint(args: Args) -> None:
             " give one start for each alpha"
         )
     if len(table) == 0 or min(table) == 0:
-        sys.exit("error: --lagrange-table: needs at least one value, and all above 0")
+        sys.exit("error: --lagrange-table: must have at least one value, all above 0")
     if since[0] != 0 or list(since) != sorted(set(since)):
         sys.exit("error: --lagrange-from: must start at 0 and rise")
     if args.lagrange_min > args.lagrange_max:
@@ -883,13 +885,14 @@ def read_flow(args: Args, sha256: str) -> dict:
     for name in FLOW_ARGS:
         if stored[name] != getattr(args, name):
             flag = name.replace("_", "-")
-            sys.exit(f"error: --flow: {path} was trained with --{flag} {stored[name]}")
+            value = getattr(args, name)
+            sys.exit(f"error: --flow: {path} has --{flag} {stored[name]}, this run {value}")
     if checkpoint["info"]["sha256"] != sha256:
         sys.exit(f"error: --flow: {path} was trained on other data: {checkpoint['info']['id']}")
     if step < args.flow_steps:
         sys.exit(f"error: --flow: {path} has {step} of {args.flow_steps} updates of its flow stage")
     if step > args.flow_steps and stored["flow_training"] == "joint":
-        sys.exit(f"error: --flow: {path} has a flow that learned with a policy: take flow.pt")
+        sys.exit(f"error: --flow: {path} has a flow that learned with a policy: take a flow.pt")
     return checkpoint["agent"]
 
 
@@ -929,6 +932,8 @@ def main(argv: list[str] | None = None) -> dict:
         torch.set_rng_state(checkpoint["rng"])
         if device == "cuda" and "cuda_rng" in checkpoint:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        if agent.step > stop:
+            sys.exit(f"error: {args.resume} is at update {agent.step}, beyond its end at {stop}")
     elif args.flow is not None:
         flow_state = read_flow(args, info["sha256"])
         for name in agent.FLOW_GAN:
@@ -952,6 +957,8 @@ def main(argv: list[str] | None = None) -> dict:
     log.board.add_text("args", json.dumps(settings, indent=1))
     print(f"run folder  {folder}")
     print(f"device      {device_name}")
+    if agent.step == stop:
+        print("stop        the run has reached its end; a larger --stop-after, or None, goes on")
     if args.quick:
         print("protocol    --quick: our own, its scores are not comparable with published ones")
     if args.compile:

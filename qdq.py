@@ -149,7 +149,8 @@ class Args:
     consistency: str | None = None  # run folder or checkpoint whose finished student is reused
     run_dir: str = "runs"  # root folder of all runs
     total_steps: int = 1_000_000  # updates of the policy stage; teacher and student come on top
-    stop_after: int | None = None  # policy update after which to end early; resumable
+    # policy update after which to end early, with a result; on --resume, None goes on to the end
+    stop_after: int | None = None
     log_every: int = 1_000  # updates of any stage between log rows, which show one minibatch
     checkpoint_minutes: float = 5.0  # minutes between checkpoints
     eval: bool = True  # --no-eval trains without an environment
@@ -847,8 +848,8 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     if not zipfile.is_zipfile(path):
         sys.exit(f"error: {path} is not a checkpoint, or a damaged one")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint["algorithm"] != ALGORITHM:
-        sys.exit(f"error: {path} was written by {checkpoint['algorithm']}.py")
+    if checkpoint.get("algorithm") != ALGORITHM:
+        sys.exit(f"error: {path} was written by {checkpoint.get('algorithm')}.py")
     stored = checkpoint["args"]
     unknown = stored.keys() - {field.name for field in fields(Args)}
     if unknown:
@@ -873,17 +874,18 @@ def check_args(args: Args) -> None:
                 flag = name.replace("_", "-")
                 sys.exit(f"error: --{flag} {number}: must be from {low} to {high}")
     if not re.fullmatch(r"\w[\w.:+-]*(/\w[\w.:+-]*)*", args.env):
-        sys.exit(f"error: --env {args.env!r}: use only letters, digits, _ . : + - and single /")
+        sys.exit(f"error: --env {args.env!r}: use letters, digits, _ . : + -, and / between parts")
 
 
 def new_folder(args: Args) -> Path:
     """Makes <run_dir>/<task>/<algorithm>/seed<k>-<time>, adding -2, -3, ... if it exists."""
     parent = Path(args.run_dir) / args.env / ALGORITHM
+    parent.mkdir(parents=True, exist_ok=True)
     name = time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):  # of another run that was started in the same second
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
 
 
@@ -974,7 +976,7 @@ def reuse_student(agent: QDQ, args: Args, info: dict) -> None:
 def main(argv: list[str] | None = None) -> dict:
     args, checkpoint = parse_args(argv)
     if args.hidden_dim < 64 or args.hidden_dim % 32 > 0:
-        sys.exit(f"error: --hidden-dim {args.hidden_dim}: must be a multiple of 32 from 64 on")
+        sys.exit(f"error: --hidden-dim {args.hidden_dim}: must be a multiple of 32 and at least 64")
     if args.grid_points < 3:
         sys.exit(f"error: --grid-points {args.grid_points}: must be 3 or more")
     if not 0 < args.t_min < args.t_max:
@@ -1030,6 +1032,8 @@ def main(argv: list[str] | None = None) -> dict:
         torch.set_rng_state(checkpoint["rng"])
         if device == "cuda" and "cuda_rng" in checkpoint:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        if agent.step > stop:
+            sys.exit(f"error: {args.resume} is at update {agent.step}, beyond its end at {stop}")
 
     # run folder
     if checkpoint is None:
@@ -1048,6 +1052,8 @@ def main(argv: list[str] | None = None) -> dict:
     log.board.add_text("args", json.dumps(settings, indent=1))
     print(f"run folder  {folder}")
     print(f"device      {device_name}")
+    if agent.step == stop:
+        print("stop        the run has reached its end; a larger --stop-after, or None, goes on")
     if args.quick:
         print("protocol    --quick: our own, its scores are not comparable with published ones")
     if args.compile:

@@ -1226,9 +1226,9 @@ def test_flow_is_reused_or_refused(tmp_path, monkeypatch):
     (tmp_path / "text.pt").write_text("no flow")
     write_data(tmp_path / "other.npz", seed=1)
     for path, words, reason in (
-        (first, "--flow-hidden-dim 9", "flow.pt was trained with --flow-hidden-dim 8"),
-        (first, "--flow-steps 13", "flow.pt was trained with --flow-steps 12"),
-        (first, "--flow-lr 0.1", "flow.pt was trained with --flow-lr 0.0001"),
+        (first, "--flow-hidden-dim 9", "flow.pt has --flow-hidden-dim 8, this run 9"),
+        (first, "--flow-steps 13", "flow.pt has --flow-steps 12, this run 13"),
+        (first, "--flow-lr 0.1", "flow.pt has --flow-lr 0.0001, this run 0.1"),
         (first, f"--data {tmp_path / 'other.npz'}", "flow.pt was trained on other data"),
         (tmp_path / "nothing.pt", "", "does not exist"),
         (tmp_path, "", "does not exist"),

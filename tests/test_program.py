@@ -161,7 +161,7 @@ def test_another_environment(trained, capsys):
 
 def test_a_run_without_an_environment(tmp_path):
     folder, _ = train(tmp_path, "--no-eval")
-    refused("trained with --no-eval: say by --env", folder)
+    refused("trained with --no-eval: name an environment", folder)
     assert len(program(folder, "--env", "hopper-medium")["normalized_score"]) == 4
 
 
@@ -397,7 +397,7 @@ def test_networks_that_do_not_fit(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a checkpoint to evaluate, or by --env a dataset"),
+        ([], "name a run to evaluate, or a dataset"),
         (["--env=hopper-medium", "--video=a.mp4"], "--video needs a checkpoint"),
         (["--env=hopper-medium", "--episodes=3"], "--episodes needs a checkpoint"),
         (["x.pt", "--data=bundled"], "--data names a dataset"),

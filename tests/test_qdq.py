@@ -1483,8 +1483,8 @@ def test_a_file_that_holds_no_student_is_refused(run, tmp_path):
     [
         ("--beta 1.5", "--beta 1.5: must be from 0 to 1"),
         ("--alpha 1.5", "--alpha 1.5: must be from 0 to 1"),
-        ("--hidden-dim 32", "--hidden-dim 32: must be a multiple of 32 from 64 on"),
-        ("--hidden-dim 80", "--hidden-dim 80: must be a multiple of 32 from 64 on"),
+        ("--hidden-dim 32", "--hidden-dim 32: must be a multiple of 32 and at least 64"),
+        ("--hidden-dim 80", "--hidden-dim 80: must be a multiple of 32 and at least 64"),
         ("--grid-points 2", "--grid-points 2: must be 3 or more"),
         ("--t-min 0", "--t-min 0.0: must be above 0 and below --t-max 80.0"),
         ("--t-min 80", "--t-min 80.0: must be above 0 and below --t-max 80.0"),

@@ -317,10 +317,30 @@ def test_a_run_stopped_early_goes_on_as_if_it_had_not(script, run, folder, tmp_p
 
 
 @each_script
-def test_a_checkpoint_beyond_the_end_only_gives_its_result(script, run, folder):
+def test_a_checkpoint_beyond_the_end_is_refused(script, run, folder, tmp_path):
     run(script, "runs")
-    result = module(script).main(["--resume", str(folder("runs")), "--stop-after", "5"])
+    before = contents(tmp_path / "runs")
+    done = first_updates(script, 4) + 12
+    with pytest.raises(SystemExit, match=f"is at update {done}, beyond its end at {done - 7}"):
+        module(script).main(["--resume", str(folder("runs")), "--stop-after", "5"])
+    assert not differences(before, contents(tmp_path / "runs"))
+
+
+@each_script
+def test_a_stopped_run_says_how_it_goes_on(script, run, folder, capsys):
+    run(script, "runs", "--stop-after", "5")
+    assert "has reached its end" not in capsys.readouterr().out
+    result = module(script).main(["--resume", str(folder("runs"))])
+    assert result["updates"] == first_updates(script, 4) + 5
+    assert "a larger --stop-after, or None, goes on" in capsys.readouterr().out
+    result = module(script).main(["--resume", str(folder("runs")), "--stop-after", "None"])
     assert result["updates"] == first_updates(script, 4) + 12
+
+
+def test_a_run_folder_that_cannot_be_made_is_an_error(run, tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "absent" / "disk")
+    with pytest.raises(OSError):
+        run("dac", "runs")
 
 
 @each_script
