@@ -88,11 +88,12 @@ def build(args: Args, obs: np.ndarray) -> "d3rlpy.algos.QLearningAlgoBase":
 def new_folder(args: Args) -> Path:
     """As in the scripts: <run_dir>/<task>/<algorithm>/seed<k>-<time>, with a suffix if needed."""
     parent = Path(args.run_dir) / args.env / args.algorithm
+    parent.mkdir(parents=True, exist_ok=True)
     name = time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
 
 

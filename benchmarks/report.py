@@ -55,7 +55,7 @@ KINDS = {  # first part of a dataset's id: heading, and what a reader must know
     ),
 }
 INTRODUCTION = """Made by `benchmarks/report.py`. **Mean of last five** is the mean of the last five
-evaluations of a run, of all where there are fewer, as the papers report it. **Last policy** is the
+evaluations of a run, of all where there are fewer, as DAC's paper has it. **Last policy** is the
 policy at the end of a run over final episodes of its own (in runs from before there were any: its
 last evaluation). **Best** is the best evaluation, picked with hindsight. A column of episodes
 belongs to the column before it and counts all seeds together. ± is the population standard

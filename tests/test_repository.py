@@ -211,6 +211,14 @@ def test_every_deviation_of_the_docstring_is_marked_at_its_line(script):
     assert marked == set(numbers)
 
 
+@pytest.mark.parametrize(
+    ("name", "scripts"),
+    [("mish", ["dac.py", "qdq.py"]), ("Batch", ["dac.py", "qdq.py", "cped.py"])],
+)
+def test_what_several_scripts_need_is_the_same_text_in_each(name, scripts):
+    assert len({definitions(script)[name] for script in scripts}) == 1
+
+
 @each_script
 def test_each_script_signs_its_checkpoints_with_its_own_name(script):
     module = __import__(script.removesuffix(".py"))

@@ -689,7 +689,6 @@ def test_a_save_that_fails_keeps_the_last_checkpoint(
 @pytest.mark.parametrize("what", ["table", "board"])
 def test_a_full_disk_while_logging_is_one_sentence_and_the_run_goes_on(what, tmp_path, dataset):
     """As a program: the exception is caught at the very end of the script."""
-    owner = {"table": "csv.DictWriter", "board": "dac.SummaryWriter"}[what]
     name = {"table": "writerow", "board": "add_scalar"}[what]
     code = f"""if True:
         import csv, errno, runpy, sys
@@ -704,7 +703,6 @@ def test_a_full_disk_while_logging_is_one_sentence_and_the_run_goes_on(what, tmp
         setattr(owner, {name!r}, full)
         sys.argv = ["dac.py", *sys.argv[1:]]
         runpy.run_path("dac.py", run_name="__main__")"""
-    assert owner
     flags = f"--env hopper-medium --data {dataset} --run-dir {tmp_path / 'runs'} --no-eval"
     flags += f" --total-steps 40 --log-every 2 --checkpoint-minutes 0 {SMALL['dac']}"
     done = subprocess.run(
