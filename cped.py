@@ -10,6 +10,9 @@ A multiplier alpha, here `lagrange`, weighs the constraint.
     python cped.py --env hopper-medium --seed 1 --flow runs/hopper-medium/cped/seed0-20260101-120000
     python cped.py --resume runs/hopper-medium/cped/seed0-20260101-120000
 
+The options are in four groups: run (--env to --flow), data (--reward-transform and --batch-size),
+optimisation (--discount to --hidden-dim) and algorithm (from --flow-steps on).
+
 Close to the paper is this command: its 20,000 flow updates, joint training and dual descent.
 The starts are those of the authors' earlier code, the rest is the released code's:
 

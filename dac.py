@@ -10,6 +10,9 @@ sampling chain.
     python dac.py --env hopper-medium-replay --quick    # five minutes on a laptop
     python dac.py --resume runs/hopper-medium/dac/seed0-20260101-120000
 
+The options are in four groups: run (--env to --final-episodes), data (--reward-transform and
+--batch-size), optimisation (--discount to --hidden-dim) and algorithm (from --diffusion-steps on).
+
 Where paper and released code differ, or where the paper leaves a choice, this file follows
 the code, which produced the published numbers:
 

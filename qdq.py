@@ -12,7 +12,11 @@ teacher) and the policy (TD3 with this target and a behaviour term).
     python qdq.py --seed 1 --consistency runs/hopper-medium/qdq/seed0-20260101-120000
 
 The last line reuses the finished student of another run, as the authors do for their five
-seeds. Equations without a number here are those of EDM (teacher) and of consistency models
+seeds. The options are in four groups: run (--env to --final-episodes), data (--reward-transform
+and --batch-size), optimisation (--teacher-steps to --critic-layer-norm) and algorithm (from
+--sigma-data on).
+
+Equations without a number here are those of EDM (teacher) and of consistency models
 (student).
 
 Where paper and released code differ, this file follows the code, with which the released
