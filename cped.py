@@ -1,9 +1,9 @@
 r"""CPED: Constrained Policy optimization with Explicit behavior Density (NeurIPS 2023).
 
-Zhang, Zhang, Wang, Jing, arXiv:2301.12130. A flow-GAN learns the density L(s, a) of the data:
-a normalising flow, so that log L is exact, trained by likelihood and against a discriminator
-(Eq. 4). TD3 then maximises Q inside the region {(s, a): -log L(s, a) < epsilon} (Eq. 6 and 7).
-A multiplier alpha, here `lagrange`, weighs the constraint.
+Zhang, Zhang, Wang, Jing, arXiv:2301.12130. A flow-GAN learns the density L(s, a) of the data.
+It is a normalising flow, so log L is exact, and it is trained by likelihood and against a
+discriminator (Eq. 4). TD3 then maximises Q inside the region {(s, a): -log L(s, a) < epsilon}
+(Eq. 6 and 7). The multiplier alpha, here `lagrange`, weighs this constraint.
 
     python cped.py --env hopper-medium                   # published settings
     python cped.py --env hopper-medium-replay --quick    # five minutes on a laptop
@@ -13,50 +13,50 @@ A multiplier alpha, here `lagrange`, weighs the constraint.
 The options are in four groups: run (--env to --flow), data (--reward-transform and --batch-size),
 optimisation (--discount to --hidden-dim) and algorithm (from --flow-steps on).
 
-Close to the paper is this command: its 20,000 flow updates, joint training and dual descent.
-The starts are those of the authors' earlier code, the rest is the released code's:
+This command is closest to the paper, with 20,000 flow updates, joint training and dual descent.
+Critics and Q start as in the authors' earlier code, the rest is the released code's:
 
     python cped.py --env hopper-medium --constraint dual --flow-training joint \
         --flow-steps 20000 --critic-start 10000 --actor-q-start 30000
 
 Where paper and released code differ, the defaults follow the code:
 
- 1. The paper has the region and finds alpha by dual gradient descent (--constraint dual). The
-    code takes alpha from a table and has no region: -log L(s, pi(s)) counts everywhere
-    (--constraint schedule). The paper, too, reports an alpha that is strong early and relaxed
-    after 200,000 to 300,000 updates.
+ 1. The paper finds alpha by dual gradient descent (--constraint dual). The code takes alpha from
+    a table and has no region: -log L(s, pi(s)) counts everywhere (--constraint schedule). The
+    paper, too, reports an alpha that is large early and smaller after 200,000 to 300,000 updates.
  2. The paper trains the flow for 20,000 updates, then jointly with the policy. The code trains
-    it for 500,000 updates, then freezes it. --flow-training joint on its own keeps the code's
-    lengths and so matches neither; use the command above.
- 3. The discriminator has D outputs, and the losses average them. The gradient penalty has
-    weight 0.5, and its mixing weights come from N(0, 1), not from U(0, 1).
- 4. The flow moves in every fifth update only, by Adam with betas (0.9, 0.01) and eps 1e-4. Its
-    networks have three layers (paper: four), and their outputs are activated too.
+    it for 500,000 updates, then freezes it. --flow-training joint alone keeps the code's
+    numbers of updates and so matches neither; use the command above.
+ 3. The discriminator has D outputs, as many as its inputs, and the losses average them. The
+    gradient penalty has weight 0.5. It mixes data and samples with weights from N(0, 1), not
+    from U(0, 1).
+ 4. The flow moves only in every fifth update, by Adam with betas (0.9, 0.01) and eps 1e-4. Its
+    networks have three layers (paper: four), with an activation after the last one, too.
  5. The target's noisy action may leave [-1, 1]. --clip-target-action clips it, as TD3 does.
- 6. The actor maximises the minimum of both critics, which is not divided by its mean size. At
-    first it only maximises the likelihood, and the critics start late.
+ 6. The actor maximises the minimum of both critics, not divided by its mean size. At first it
+    only maximises the likelihood, and the critics start late.
 
-Where this file differs from the code, too:
+In these points this file differs from the code, too:
 
- 7. With dual, the hinge and the resting point are ours. The paper's multiplier can only grow;
-    ours stops where the policy violates the constraint as much as the data do. It moves by at
-    most lagrange_lr per step and stays in [lagrange_min, lagrange_max].
+ 7. With --constraint dual, the hinge max(0, -log L(s, pi(s)) - epsilon) is ours. The paper's
+    alpha can only grow; ours stops where the policy violates the constraint as much as the data
+    do, moves by at most lagrange_lr per step and stays in [lagrange_min, lagrange_max].
  8. The table counts from the first update of the policy stage, and all its multipliers are
-    positive. The code's formula gives 0 in one update, and less if the flow stage is shorter
-    than 500,000 updates.
- 9. The inverse of the flow undoes the scaling first. The code undoes it last, which is not the
-    inverse.
-10. The code divides the inputs of all linear layers of the flow by sqrt(1 + 1e-6), a constant
-    factor in the released density, which changes log L in the seventh digit. We do not.
-11. The flow moves in the fifth of every five updates, actor and targets in the second of every
-    two, so that log rows at round numbers show them. In the code they move in the first.
+    positive. The code's formula gives 0 in one update, and negative ones if the flow stage is
+    shorter than 500,000 updates.
+ 9. The inverse of the flow undoes the scaling first. The code undoes it last, which does not
+    invert the flow.
+10. The code divides the inputs of all linear layers of the flow by the constant sqrt(1 + 1e-6),
+    which changes log L in the seventh digit. We do not.
+11. The flow moves in the last of every five updates, actor and targets in the last of every two,
+    so that log rows at round numbers show them. In the code they move in the first.
 
-Ours, too: the targets start as copies, batches are shuffled epochs (the code draws them with
-replacement), no transition crosses a timeout, the flow's start depends on the seed, and a value
-that is not finite ends the run (the code skips the update). 5 % of the transitions are held out
-from the flow, and with joint training from the policy, too. We evaluate 10 episodes every 10,000
-updates (the code: 5,000 environment steps every 1,000 updates), with one action per step (the
-code takes the best of 100 equal ones). --flow-lr-end is for short flow stages.
+Ours, too: the targets start as copies, batches come from shuffled epochs (the code draws them
+with replacement), no transition crosses a timeout, the flow's first weights depend on the seed,
+and a value that is not finite ends the run (the code skips the update). 5 % of the transitions
+are held out from the flow, and with joint training from the policy, too. We evaluate 10 episodes
+every 10,000 updates (the code: 5,000 environment steps every 1,000 updates), with one action per
+step (the code takes the best of 100 equal ones). --flow-lr-end is for short flow stages.
 """
 
 import csv
@@ -90,8 +90,8 @@ from tqdm import tqdm
 from common import evaluate, load_dataset
 
 ALGORITHM = "cped"
-EVAL_SEED = 1_000_000  # plus the policy update: all runs are evaluated on the same episodes
-FINAL_SEED = 1_000_000_000  # episodes that no earlier evaluation has used
+EVAL_SEED = 1_000_000  # plus the policy update: all runs get the same episodes
+FINAL_SEED = 1_000_000_000  # its episodes appear in no earlier evaluation
 MAY_BE_ZERO = (  # all other counts are at least 1
     "seed",
     "joint_steps",
@@ -127,7 +127,7 @@ FLOW_ARGS = (  # must be equal in this run and in the run of --flow
     "penalty_weight",
     "batch_size",
 )
-DENSITY_METRICS = (  # mean of log L(s, a) in nats, as long as the flow learns
+DENSITY_METRICS = (  # mean of log L(s, a) in nats, while the flow learns
     "log_density/train",  # of 4,096 transitions that the flow learns from
     "log_density/held_out",  # of 4,096 that it never sees
 )
@@ -142,28 +142,28 @@ EVAL_METRICS = ("eval/return", "eval/normalized_score", "eval/episode_length")
 @dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # task, Minari id, or a Gymnasium id if --data is a file
+    env: str = "hopper-medium"  # D4RL task, Minari id or, with a file as --data, Gymnasium id
     data: str = "auto"  # auto, d4rl, minari, bundled, or the path of a file in D4RL's layout
     seed: int = 0  # seed of initialisation, batches and noise; evaluation has its own
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is CUDA if there is a GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA if there is a GPU
     compile: bool = False  # compile the losses with torch.compile
-    quick: bool = False  # a small protocol of our own, for a machine without a GPU
+    quick: bool = False  # our own short protocol, for a machine without a GPU
     resume: str | None = None  # folder of the run to continue
     run_dir: str = "runs"  # root folder of all runs
     total_steps: int = 1_000_000  # updates of the policy stage, after those of the flow stage
-    # policy update after which to end early, with a result; on --resume, None goes on to the end
+    # end early after this policy update, with a result; on --resume, None goes on to total_steps
     stop_after: int | None = None
-    log_every: int = 1_000  # updates between log rows, which show the newest minibatch
+    log_every: int = 1_000  # updates between log rows; each shows the newest minibatch
     checkpoint_minutes: float = 5.0  # minutes between checkpoints
     eval: bool = True  # --no-eval trains without an environment
     eval_every: int = 10_000  # policy updates between evaluations
     eval_episodes: int = 10  # episodes per evaluation
-    final_episodes: int = 100  # episodes that score the last policy
+    final_episodes: int = 100  # episodes that the last policy is scored on
     flow: str | None = None  # run folder, flow.pt or checkpoint whose finished flow is reused
 
     # data
 
-    # reward r for the critics: r - 1, as published for AntMaze, or r
+    # reward for the critics; minus_one: r - 1, as published for AntMaze; none: r
     reward_transform: Literal["minus_one", "none"] = "none"
     batch_size: int = 256  # transitions per update, B
 
@@ -172,34 +172,37 @@ class Args:
     actor_lr: float = 1e-4  # Adam step size of the actor
     critic_lr: float = 3e-4  # Adam step size of the critics
     flow_lr: float = 1e-4  # Adam step size of the flow
-    flow_lr_end: float | None = None  # step size at the end of the flow stage, by a cosine; ours
+    # ours: falls by a cosine from flow_lr to this value over the flow stage; None keeps flow_lr
+    flow_lr_end: float | None = None
     disc_lr: float = 1e-4  # Adam step size of the discriminator
-    tau: float = 0.005  # rate of the targets: target <- (1 - tau) target + tau online
+    tau: float = 0.005  # rate of the target networks: target <- (1 - tau) target + tau online
     policy_every: int = 2  # updates between steps of the actor and of all targets
     hidden_dim: int = 256  # width of the two hidden layers of actor and critics
 
     # algorithm
-    # the released code's, unless marked as ours
-    flow_steps: int = 500_000  # updates of the flow stage, in every disc_updates-th the flow moves
-    flow_training: Literal["frozen", "joint"] = "frozen"  # joint: the policy stage trains it, too
-    joint_steps: int = 480_000  # joint: policy updates in which the flow still learns
+    # values of the released code, unless marked as ours
+    flow_steps: int = 500_000  # updates of the flow stage; every disc_updates-th moves the flow
+    # frozen: the flow is fixed in the policy stage; joint: it goes on learning there
+    flow_training: Literal["frozen", "joint"] = "frozen"
+    joint_steps: int = 480_000  # joint: number of policy updates in which the flow goes on learning
     num_couplings: int = 4  # coupling layers of the flow
     flow_hidden_dim: int = 750  # width of the two hidden layers of each coupling's network
     disc_updates: int = 5  # steps of the discriminator per step of the flow
-    mle_weight: float = 1.0  # lambda of Eq. 4; the adversarial term is divided by it
+    mle_weight: float = 1.0  # lambda of Eq. 4: the flow's adversarial loss is divided by it
     penalty_weight: float = 0.5  # weight of the gradient penalty
     target_noise: float = 0.2  # standard deviation of the noise on the target's action
-    target_noise_clip: float = 0.5  # largest noise on the target's action
-    clip_target_action: bool = False  # clip the noisy action to [-1, 1], as TD3 does
-    critic_start: int = 30_000  # policy update, counted from 0, from which the critics learn
-    actor_q_start: int = 50_000  # policy update from which the actor's loss includes Q
-    constraint: Literal["schedule", "dual"] = "schedule"  # alpha from a table, or dual descent
+    target_noise_clip: float = 0.5  # bound of the noise on the target's action
+    clip_target_action: bool = False  # clip the target's noisy action to [-1, 1], as TD3 does
+    critic_start: int = 30_000  # the critics learn from this policy update on, counted from 0
+    actor_q_start: int = 50_000  # the actor's loss has Q from this policy update on, counted from 0
+    constraint: Literal["schedule", "dual"] = "schedule"  # alpha by table, or by dual descent
     lagrange_table: tuple[float, ...] = (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5)  # schedule: the alphas
-    # schedule: the policy update, counted from 0, from which each alpha holds
+    # schedule: each alpha holds from this policy update on, counted from 0
     lagrange_from: tuple[int, ...] = (0, 100_001, 200_000, 300_000, 400_000, 500_001)
-    epsilon_quantile: float | None = None  # dual: epsilon is this quantile of -log L, not its mean
+    # dual: epsilon is this quantile of -log L of the data in a batch; None takes the mean
+    epsilon_quantile: float | None = None
     lagrange: float = 10.0  # dual: initial alpha; ours
-    lagrange_lr: float = 0.01  # dual: step size of alpha per nat; ours
+    lagrange_lr: float = 0.01  # dual: step of alpha per nat of violation; ours
     lagrange_min: float = 0.1  # dual: lower bound of alpha; ours
     lagrange_max: float = 1000.0  # dual: upper bound of alpha; ours
 
@@ -217,8 +220,8 @@ ANTMAZE = dict(
 MAZE = dict(flow_steps=300_000, total_steps=700_000, lagrange_from=(0, 200_001, 500_001))
 LARGE_MAZE = dict(flow_steps=400_000, total_steps=600_000, lagrange_from=(0, 100_001, 400_001))
 
-# The authors' README gives halfcheetah-medium, antmaze-umaze and the flow stage of large mazes.
-# The other rows extend these. Those of the robots are the defaults, written out.
+# The authors' README gives halfcheetah-medium, antmaze-umaze and the flow stage of large mazes;
+# we extend these to the other tasks. The rows of the robots are the defaults, written out.
 PRESETS = {
     "hopper-medium": dict(flow_steps=500_000, actor_lr=1e-4),
     "hopper-medium-replay": dict(flow_steps=500_000, actor_lr=1e-4),
@@ -237,7 +240,7 @@ PRESETS = {
     "antmaze-large-diverse": dict(**LARGE_MAZE, **ANTMAZE),
 }
 
-# Ours: a narrow flow, larger steps and early starts, for a machine without a GPU.
+# Ours, for a machine without a GPU: a narrow flow, larger step sizes and early starts.
 QUICK = dict(
     flow_steps=6_000,
     flow_hidden_dim=256,
@@ -306,7 +309,7 @@ class Discriminator(nn.Module):
         self.out = nn.Linear(4 * dim, dim)
         self.shift1 = nn.Parameter(torch.zeros(2 * dim))
         self.shift2 = nn.Parameter(torch.zeros(4 * dim))
-        for layer in (self.layer1, self.layer2):  # bounds and 0.1 are the released code's
+        for layer in (self.layer1, self.layer2):  # bounds and 0.1 as in the released code
             bound = layer.out_features**-0.5
             nn.init.uniform_(layer.weight, -bound, bound)
             nn.init.constant_(layer.bias, 0.1)
@@ -369,7 +372,7 @@ class Flow(nn.Module):
         return torch.cat([u, v], dim=1)
 
     def log_density(self, obs: Tensor, act: Tensor) -> Tensor:
-        """log L(s, a) [B] in nats, of the joint density; its gradient in a is log L(a|s)'s."""
+        """log L(s, a) [B] in nats, the joint density; its gradient in a is also log L(a|s)'s."""
         x = torch.cat([obs, act], dim=1)
         z, log_det = self(x)
         log_prior = z - 2 * F.softplus(z)  # of the logistic distribution, [B, D]
@@ -400,7 +403,7 @@ class Batch(NamedTuple):
     act: Tensor  # [B, A] in [-1, 1]
     rew: Tensor  # [B], transformed
     next_obs: Tensor  # [B, S]
-    not_done: Tensor  # [B], 0 if the episode is over, else 1; a timeout is no end
+    not_done: Tensor  # [B], 0 after a terminal, else 1; a timeout is not a terminal
 
 
 class CPED:
@@ -414,7 +417,7 @@ class CPED:
         "disc_loss",  # mean D(g) - mean D(x) + penalty_weight penalty
         "penalty",  # mean of (|grad D| - 1)^2
         "gan_loss",  # - mean D(g), after the discriminator's step
-        "flow_nll",  # mean of -log L(s, a), of the data
+        "flow_nll",  # mean of -log L(s, a) of the data
         "critic_loss",  # sum over both critics of the mean of (Q_h - y)^2
         "q_mean",  # mean of Q_h over critics and batch
         "td_target",  # mean of y
@@ -438,7 +441,7 @@ class CPED:
             self.flow_until += args.joint_steps  # deviation 2
 
         self.flow = Flow(self.dim, args.num_couplings, args.flow_hidden_dim)
-        self.flow.to(device).requires_grad_(False)  # only its own steps need its gradient
+        self.flow.to(device).requires_grad_(False)  # it needs a gradient in its own steps only
         self.flow_adam = torch.optim.Adam(  # deviation 4
             self.flow.parameters(), lr=args.flow_lr, betas=(0.9, 0.01), eps=1e-4, fused=True
         )
@@ -469,7 +472,8 @@ class CPED:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 4 for the discriminator, as a WGAN with gradient penalty. Returns (loss, metrics).
 
-        fake [B, D] are samples g of the flow, mix [B] the weights of the data in the penalty.
+        fake [B, D] are samples g of the flow. The penalty is taken between data and samples, where
+        mix [B] is the weight of the data.
         """
         real = torch.cat([batch.obs, batch.act], dim=1)  # x
         mixed = mix[:, None] * real + (1 - mix[:, None]) * fake
@@ -486,7 +490,7 @@ class CPED:
     def flow_loss(self, batch: Batch, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 4 for the flow: adversarial loss and likelihood. Returns (loss, metrics).
 
-        fake [B, D] are samples g of the flow, and carry their gradient.
+        fake [B, D] are samples g of the flow, with their gradient.
         """
         gan_loss = -self.disc(fake).mean()
         nll = -self.flow.log_density(batch.obs, batch.act).mean()
@@ -517,14 +521,14 @@ class CPED:
         return loss, metrics
 
     def actor_loss_cloning(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Before actor_q_start: only the likelihood. Returns (loss, metrics)."""
+        """The loss before actor_q_start: the likelihood alone. Returns (loss, metrics)."""
         act = self.actor(batch.obs)
         nll = -self.flow.log_density(batch.obs, act).mean()
         loss = self.lagrange * nll  # deviation 6; alpha hardly matters to Adam here
         return loss, {"actor_loss": loss.detach(), "actor_nll": nll.detach()}
 
     def actor_loss_schedule(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The released code: Q, and alpha times -log L without a region.
+        """The released code's loss: Q, and alpha times -log L without a region.
 
         Returns (loss, metrics).
         """
@@ -570,7 +574,7 @@ class CPED:
         return epsilon, (nll - epsilon).relu().mean()
 
     def scheduled_lagrange(self, policy_step: int) -> float:
-        """alpha of the table in this update of the policy stage."""
+        """The table's alpha in this update of the policy stage."""
         args = self.args
         for value, first in zip(args.lagrange_table, args.lagrange_from):
             if policy_step >= first:
@@ -709,9 +713,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def shuffled_batches(num_rows: int, batch_size: int, seed: int, step: int, device: str):
-    """Yields the row indices of updates step, step + 1, ...: shuffled epochs, the last batch short.
+    """Yields the row indices of updates step, step + 1, ... from shuffled epochs.
 
-    The same seed, step and device give the same batches, so a resumed run sees the same ones.
+    The last batch of an epoch can be short. On the same device a resumed run draws the batches
+    that it would have drawn without the break.
     """
     per_epoch = math.ceil(num_rows / batch_size)
     epoch, skip = divmod(step, per_epoch)
@@ -724,9 +729,9 @@ def shuffled_batches(num_rows: int, batch_size: int, seed: int, step: int, devic
 
 
 def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
-    """Defaults, then the task's preset, --quick and what is typed; each overrides the one before.
+    """Defaults, the task's preset, --quick, the command line: each overrides the one before.
 
-    With --resume: the arguments of that run and its checkpoint.
+    With --resume, returns the arguments of that run and its checkpoint.
     """
     typed, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
     if typed.resume is None:
@@ -741,11 +746,11 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     folder = Path(typed.resume)
     path = folder / "checkpoint.pt"
     if not (folder / "args.json").exists():
-        sys.exit(f"error: --resume {folder}: this is not the folder of a run, it has no args.json")
+        sys.exit(f"error: --resume {folder}: this is not the folder of a run: it has no args.json")
     if not path.exists():
         sys.exit(f"error: {path} does not exist: the run ended before its first checkpoint")
     if not zipfile.is_zipfile(path):
-        sys.exit(f"error: {path} is not a checkpoint, or a damaged one")
+        sys.exit(f"error: {path} is not a checkpoint, or is damaged")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if checkpoint.get("algorithm") != ALGORITHM:
         sys.exit(f"error: {path} was written by {checkpoint.get('algorithm')}.py")
@@ -753,7 +758,7 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     unknown = stored.keys() - {field.name for field in fields(Args)}
     if unknown:
         names = ", ".join(sorted(unknown))
-        sys.exit(f"error: {path} is of another version of {ALGORITHM}.py, which had: {names}")
+        sys.exit(f"error: {path} is from another version of {ALGORITHM}.py, with {names}")
     args = tyro.cli(Args, args=argv, default=replace(Args(), **stored), description=__doc__)
     check_args(args)
     for name, value in stored.items():
@@ -764,7 +769,7 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
 
 
 def check_args(args: Args) -> None:
-    """Ends the program if a number is out of range or --env cannot be the name of a folder."""
+    """Ends the program if a number is out of range or --env cannot name a folder."""
     for name, value in asdict(args).items():
         high = 1 if name in AT_MOST_ONE else 2**31 - 1
         for number in value if isinstance(value, tuple) else (value,):  # cped.py has tables
@@ -783,7 +788,7 @@ def new_folder(args: Args) -> Path:
     name = time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
-        with suppress(FileExistsError):  # of another run that was started in the same second
+        with suppress(FileExistsError):  # of another run, started in the same second
             folder.mkdir()
             return folder
 
@@ -791,7 +796,7 @@ def new_folder(args: Args) -> Path:
 def stop_if_not_finite(values: dict[str, float], step: int, folder: Path) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
-            print(file=sys.stderr)  # the progress bar has left its line open
+            print(file=sys.stderr)  # ends the line of the progress bar
             sys.exit(
                 f"error: {name} is {value} at update {step};"
                 f" the last good checkpoint, if there is one, is in {folder}"
@@ -810,11 +815,11 @@ def save(content: dict, path: Path) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)  # half a file, where the disk is full
+        part.unlink(missing_ok=True)  # half a file, if the disk is full
 
 
 class Log:
-    """metrics.csv and TensorBoard with the same names; rows: what a resumed run has logged."""
+    """Logs to metrics.csv and TensorBoard; rows: what a resumed run has logged so far."""
 
     def __init__(self, folder: Path, columns: list[str], rows: list[dict]):
         self.rows = rows
@@ -841,7 +846,7 @@ class Log:
 
 
 def check_constraint(args: Args) -> None:
-    """Ends the program where the arguments about the constraint do not fit together."""
+    """Ends the program if the arguments about the constraint do not fit together."""
     table = args.lagrange_table
     since = args.lagrange_from
     if len(table) != len(since):
@@ -862,7 +867,7 @@ def check_constraint(args: Args) -> None:
 
 
 def split_rows(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the rows that flows learn from and of the 5 % held out, alike in all runs."""
+    """Indices of the rows that flows learn from and of the 5 % held out, the same in all runs."""
     order = np.random.default_rng(0).permutation(num_rows)
     num_train = num_rows * 19 // 20
     return order[:num_train], order[num_train:]
@@ -877,13 +882,13 @@ def read_flow(args: Args, sha256: str) -> dict:
     if not path.exists():
         sys.exit(f"error: --flow: {path} does not exist")
     if not zipfile.is_zipfile(path):
-        sys.exit(f"error: --flow: {path} is not a checkpoint, or a damaged one")
+        sys.exit(f"error: --flow: {path} is not a checkpoint, or is damaged")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if checkpoint.get("algorithm") != ALGORITHM:
         sys.exit(f"error: --flow: {path} is not a checkpoint of {ALGORITHM}.py")
     stored = {**asdict(Args()), **checkpoint["args"]}
     if stored.keys() != asdict(args).keys():
-        sys.exit(f"error: --flow: {path} has arguments of another version")
+        sys.exit(f"error: --flow: {path} is from another version of {ALGORITHM}.py")
     step = checkpoint["agent"]["step"]
     for name in FLOW_ARGS:
         if stored[name] != getattr(args, name):
@@ -895,7 +900,7 @@ def read_flow(args: Args, sha256: str) -> dict:
     if step < args.flow_steps:
         sys.exit(f"error: --flow: {path} has {step} of {args.flow_steps} updates of its flow stage")
     if step > args.flow_steps and stored["flow_training"] == "joint":
-        sys.exit(f"error: --flow: {path} has a flow that learned with a policy: take a flow.pt")
+        sys.exit(f"error: --flow: {path} has a flow that learned with a policy: use its flow.pt")
     return checkpoint["agent"]
 
 
@@ -914,7 +919,7 @@ def main(argv: list[str] | None = None) -> dict:
     arrays, info = load_dataset(args.env, args.data, need_env=args.eval)
     if checkpoint is not None and checkpoint["info"]["sha256"] != info["sha256"]:
         trained = checkpoint["info"]["id"]
-        sys.exit(f"error: {args.resume} was trained on {trained}, this is other data: see --data")
+        sys.exit(f"error: {args.resume} was trained on {trained}, not on this data: see --data")
     if args.reward_transform == "minus_one":
         arrays["rew"] = arrays["rew"] - 1
     all_data = Batch(*(torch.as_tensor(arrays[name], device=device) for name in Batch._fields))
@@ -948,7 +953,7 @@ def main(argv: list[str] | None = None) -> dict:
         folder = new_folder(args)
     else:
         folder = Path(args.resume)
-        (folder / "result.json").unlink(missing_ok=True)  # of an earlier end
+        (folder / "result.json").unlink(missing_ok=True)  # it tells of an earlier end
     settings = asdict(replace(args, resume=None))
     record = {"args": settings, "dataset": info, "device": device_name, "sha256": {}}
     for source in (__file__, inspect.getsourcefile(load_dataset)):
@@ -961,9 +966,9 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"run folder  {folder}")
     print(f"device      {device_name}")
     if agent.step == stop:
-        print("stop        the run has reached its end; a larger --stop-after, or None, goes on")
+        print("stop        the run has reached its end: --stop-after, larger or None, continues it")
     if args.quick:
-        print("protocol    --quick: our own, its scores are not comparable with published ones")
+        print("protocol    --quick is ours: its scores cannot be compared with published ones")
     if args.compile:
         print("compile     the first update takes up to a minute")
 
@@ -1025,7 +1030,7 @@ def main(argv: list[str] | None = None) -> dict:
                     content["cuda_rng"] = torch.cuda.get_rng_state()
                 for name in agent.NETWORKS:
                     weights = content["agent"][name].items()
-                    # a weight that is NaN or infinite makes the sum so
+                    # a NaN or infinite weight shows in the sum
                     sums = {f"{name}.{key}": tensor.sum().item() for key, tensor in weights}
                     stop_if_not_finite(sums, step, folder)
                 if stage == "flow" and step == end:
@@ -1049,7 +1054,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.eval:
         for name in ("return", "normalized_score"):
             values = [row[f"eval/{name}"] for row in log.rows if f"eval/{name}" in row]
-            if values:  # there is no normalized score without reference returns
+            if values:  # a task without reference returns has no normalized score
                 result[f"{name}_last_5"] = mean(values[-5:])
                 result[f"{name}_best"] = max(values)
         final = evaluate(agent.act, info, args.final_episodes, FINAL_SEED)
@@ -1066,4 +1071,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:  # a full disk, a folder that cannot be written
-        sys.exit(f"error: {error} (a checkpoint that was written is intact: see --resume)")
+        sys.exit(f"error: {error} (the last checkpoint, if there is one, is intact: see --resume)")

@@ -1,9 +1,9 @@
 """DAC: Diffusion Actor-Critic (Fang et al., ICLR 2025, arXiv:2405.20555).
 
-The policy is a diffusion model. KL-constrained policy iteration asks it to become
-pi_beta(a|s) exp(Q(s, a) / eta) (Theorem 1). At noised actions x_t, the noise predictor of
-this policy is the data's noise predictor minus sqrt(1 - alpha_bar_t) grad Q(s, x_t) / eta
-(Theorem 2). The actor is therefore trained by regression, and no gradient flows through the
+The policy is a diffusion model. KL-constrained policy iteration has the optimal policy
+pi_beta(a|s) exp(Q(s, a) / eta), up to a constant (Theorem 1). Its noise predictor at a noised
+action x_t is the data's noise predictor minus sqrt(1 - alpha_bar_t) grad Q(s, x_t) / eta
+(Theorem 2). So the actor is trained by noise regression, and no gradient flows through the
 sampling chain.
 
     python dac.py --env hopper-medium                   # published settings
@@ -16,22 +16,22 @@ The options are in four groups: run (--env to --final-episodes), data (--reward-
 Where paper and released code differ, or where the paper leaves a choice, this file follows
 the code, which produced the published numbers:
 
- 1. Losses are means over batch and action dimensions. The threshold b only has its
-    meaning with that convention.
- 2. Eq. 15's square is expanded: the square of grad Q is dropped, and the cross term has no
-    factor 2. The optimum is therefore eps - sqrt(1 - alpha_bar_t) grad Q / (2 eta).
+ 1. Losses are means over the batch and the action dimensions. The threshold b refers to
+    such means.
+ 2. The square in Eq. 15 is expanded. Its term with the square of grad Q is dropped, and the
+    cross term has no factor 2, so the optimum is eps - sqrt(1 - alpha_bar_t) grad Q / (2 eta).
  3. Q in the guidance is the mean of the target critics, divided by the batch mean of |Q|.
- 4. Each critic sees N next actions per transition and takes their mean (AntMaze: their
-    maximum). Algorithm 1 draws one.
- 5. eta follows the behaviour loss from before the actor's step, moves by at most eta_lr
-    per update, and stays in [eta_min, eta_max].
- 6. The critics' target moves before the actor's step. The actor's target moves at every
-    fifth update, for the first time at the 1006th.
+ 4. Each target critic averages its values of N next actions per transition (AntMaze: takes
+    their maximum). Algorithm 1 draws one next action.
+ 5. The dual step on eta uses the behaviour loss from before the actor's step. It changes eta
+    by at most eta_lr and keeps it in [eta_min, eta_max].
+ 6. The critics' target moves before the actor's step. The actor's target moves in every
+    fifth update, first in the 1006th.
  7. A reverse step has variance beta_t and clips the predicted action to [-1, 1].
- 8. The evaluated policy draws 10 actions and takes the best by the target critics.
+ 8. The evaluated policy draws 10 actions and takes the one that the target critics rate best.
  9. Rewards are multiplied by 1000 / (range of trajectory returns), on AntMaze, too.
 
-Ours is the evaluation: none before the first update, the same episodes for all seeds, 100
+The evaluation is ours: none before the first update, the same episodes for all seeds, 100
 episodes at the end, and on AntMaze 100 episodes every 100,000 updates.
 """
 
@@ -66,8 +66,8 @@ from tqdm import tqdm
 from common import evaluate, load_dataset
 
 ALGORITHM = "dac"
-EVAL_SEED = 1_000_000  # plus the update: all runs are evaluated on the same episodes
-FINAL_SEED = 1_000_000_000  # episodes that no earlier evaluation has used
+EVAL_SEED = 1_000_000  # plus the update, so that all runs are evaluated on the same episodes
+FINAL_SEED = 1_000_000_000  # its episodes appear in no earlier evaluation
 MAY_BE_ZERO = ("seed", "actor_target_start")  # all other counts are at least 1
 AT_MOST_ONE = ("discount", "tau")
 RESUME_MAY_CHANGE = (
@@ -97,37 +97,38 @@ EVAL_METRICS = ("eval/return", "eval/normalized_score", "eval/episode_length")
 @dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # task, Minari id, or a Gymnasium id if --data is a file
+    env: str = "hopper-medium"  # D4RL task, Minari id or, with a file as --data, Gymnasium id
     data: str = "auto"  # auto, d4rl, minari, bundled, or the path of a file in D4RL's layout
     seed: int = 0  # seed of initialisation, batches and noise; evaluation has its own
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is CUDA if there is a GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA if there is a GPU
     compile: bool = False  # compile the losses with torch.compile
-    quick: bool = False  # a small protocol of our own, for a machine without a GPU
+    quick: bool = False  # our own short protocol, for a machine without a GPU
     resume: str | None = None  # folder of the run to continue
     run_dir: str = "runs"  # root folder of all runs
-    # updates, and length of the cosine schedules: another value on --resume changes these at once
+    # updates, and length of the cosine schedules; a new value on --resume changes these at once
     total_steps: int = 2_000_000
-    # update after which to end early, with a result; on --resume, None goes on to total_steps
+    # end early after this update, with a result; on --resume, None goes on to total_steps
     stop_after: int | None = None
-    log_every: int = 1_000  # updates between log rows, which show the newest minibatch
+    log_every: int = 1_000  # updates between log rows; each shows the newest minibatch
     checkpoint_minutes: float = 5.0  # minutes between checkpoints
     eval: bool = True  # --no-eval trains without an environment
     eval_every: int = 10_000  # updates between evaluations
     eval_episodes: int = 10  # episodes per evaluation
-    final_episodes: int = 100  # episodes that score the last policy
+    final_episodes: int = 100  # episodes that the last policy is scored on
 
     # data
 
-    # reward r for the critics: 1000 r / (range of trajectory returns), r - 1, or r
+    # return_range: 1000 r / (range of trajectory returns); minus_one: r - 1; none: r
     reward_transform: Literal["return_range", "minus_one", "none"] = "return_range"
     batch_size: int = 256  # transitions per update, B
 
     # optimisation
     discount: float = 0.99  # discount factor gamma
-    actor_lr: float = 3e-4  # Adam step size of the actor, cosine to 0
-    critic_lr: float = 3e-4  # Adam step size of the critics, cosine to 0
-    max_grad_norm: float = 1.0  # largest gradient norm of the actor, and of all critics together
-    tau: float = 0.005  # rate of the targets: target <- (1 - tau) target + tau online
+    actor_lr: float = 3e-4  # Adam step size of the actor, falling to 0 by a cosine
+    critic_lr: float = 3e-4  # Adam step size of the critics, falling to 0 by a cosine
+    # gradients are clipped to this norm: the actor's, and that of all critics together
+    max_grad_norm: float = 1.0
+    tau: float = 0.005  # rate of the target networks: target <- (1 - tau) target + tau online
     actor_target_every: int = 5  # updates between steps of the actor's target
     actor_target_start: int = 1_000  # the actor's target moves only after this update
     hidden_dim: int = 256  # width of the three hidden layers of all networks
@@ -138,23 +139,25 @@ class Args:
     beta_max: float = 10.0  # noise rate of the variance-preserving schedule at t / T = 1
     num_critics: int = 10  # critics in the ensemble, H
     num_next_actions: int = 10  # next actions per transition in the critic target, N
-    next_action_reduce: Literal["mean", "max"] = "mean"  # how a critic's N values become one
-    q_target: Literal["lcb", "min"] = "lcb"  # how the H values become one: Q_LCB, or the smallest
+    next_action_reduce: Literal["mean", "max"] = "mean"  # reduces each critic's N values to one
+    # reduces the values of the H critics to one: lcb is the lower bound Q_LCB, min the minimum
+    q_target: Literal["lcb", "min"] = "lcb"
     rho: float = 1.0  # Q_LCB is the mean minus rho standard deviations of the H critics
-    eta: float = 1.0  # eta, weight of the behaviour term; its initial value
+    eta: float = 1.0  # initial weight of the behaviour term, eta
     eta_lr: float = 1e-3  # step size of the dual ascent on eta; 0 keeps eta fixed
     eta_min: float = 1e-3  # lower bound of eta
     eta_max: float = 100.0  # upper bound of eta
-    # b, behaviour loss per action dimension that the dual ascent aims at; predicting 0 has about 1
+    # b, the behaviour loss per action dimension that the dual ascent aims at; an actor that
+    # always predicts 0 has a loss of about 1
     bc_threshold: float = 1.0
-    num_eval_actions: int = 10  # candidates of which the evaluated policy takes the best, K
+    num_eval_actions: int = 10  # candidate actions, of which the evaluated policy takes the best, K
 
 
-# The evaluation is ours, 100 episodes every 100,000 updates; the authors' has ten every 10,000.
+# The evaluation is ours, 100 episodes every 100,000 updates; the authors play 10 every 10,000.
 # Our mean of the last five evaluations thus covers the updates from 1,600,000 to 2,000,000.
 ANTMAZE = dict(eta=0.1, eta_lr=0.0, next_action_reduce="max", eval_every=100_000, eval_episodes=100)
 
-# The authors' runs.sh (commit e254357); the defaults above are those of their main.py.
+# From the authors' runs.sh (commit e254357); the defaults above are those of their main.py.
 PRESETS = {
     "hopper-medium": dict(rho=1.5),
     "hopper-medium-replay": dict(rho=1.5),
@@ -174,7 +177,7 @@ PRESETS = {
 }
 
 # Ours. A large fixed eta keeps the policy near the data, where the critics can be trusted after so
-# few updates, and fast targets let them settle; the choice among three candidates improves on it.
+# few updates. Fast targets let the critics settle, and choosing among three candidates helps.
 QUICK = dict(
     total_steps=12_000,
     eval_every=3_000,
@@ -199,7 +202,7 @@ QUICK = dict(
 
 
 def mish(x: Tensor) -> Tensor:
-    """x tanh(softplus(x)), with one exponential: on a CPU faster than F.mish."""
+    """x tanh(softplus(x)) with one exponential, which on a CPU is faster than F.mish."""
     if x.is_cuda:
         return F.mish(x)
     exp = x.clamp(max=30).exp()  # beyond 30, mish(x) is x
@@ -212,7 +215,7 @@ class NoisePredictor(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, diffusion_steps: int, hidden_dim: int):
         super().__init__()
-        frequency = torch.exp(-torch.arange(8) * math.log(10_000) / 7)  # released code's
+        frequency = torch.exp(-torch.arange(8) * math.log(10_000) / 7)  # as in the released code
         angle = torch.arange(diffusion_steps + 1)[:, None] * frequency
         features = torch.cat([angle.cos(), angle.sin()], dim=1)  # [T + 1, 16]
         self.register_buffer("time_features", features, persistent=False)
@@ -228,7 +231,7 @@ class NoisePredictor(nn.Module):
 
     def forward(self, obs: Tensor, x: Tensor, t: Tensor | int) -> Tensor:
         time_embedding = self.time2(mish(self.time1(self.time_features[t])))
-        time_embedding = time_embedding.expand(len(obs), -1)  # [B, 32], also if t is one number
+        time_embedding = time_embedding.expand(len(obs), -1)  # [B, 32], also for a single t
         h = mish(self.layer1(torch.cat([obs, x, time_embedding], dim=1)))
         h = mish(self.layer2(h))
         h = mish(self.layer3(h))
@@ -246,7 +249,7 @@ class Critics(nn.Module):
         sizes = [obs_dim + act_dim, hidden_dim, hidden_dim, hidden_dim, 1]
         for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
             weight = torch.empty(num_critics, fan_in, fan_out)
-            for head in weight:  # one by one: xavier_uniform_ miscounts the fans of a stack
+            for head in weight:  # one by one: xavier_uniform_ misreads the fans of a 3-d tensor
                 nn.init.xavier_uniform_(head)
             self.weights.append(nn.Parameter(weight))
             self.biases.append(nn.Parameter(torch.zeros(num_critics, 1, fan_out)))
@@ -260,9 +263,9 @@ class Critics(nn.Module):
 
 
 def in_pieces(critic: nn.Module, obs: Tensor, act: Tensor) -> Tensor:
-    """critic(obs, act); a CPU takes 512 rows at a time, whose activations fit into its cache.
+    """critic(obs, act); on a CPU 512 rows at a time, so that the activations fit into the cache.
 
-    This makes an update on two CPU cores faster by 40 %, compiled by 20 %.
+    On two CPU cores this makes an update 40 % faster, a compiled one 20 %.
     """
     if obs.is_cuda:
         return critic(obs, act)
@@ -290,7 +293,7 @@ def vp_schedule(diffusion_steps: int, beta_min: float, beta_max: float, device: 
     previous = torch.cat([alpha_bar[:1], alpha_bar[:-1]])  # alpha_bar_{t-1}
     alpha = alpha_bar / previous
     beta = 1 - alpha
-    one_minus_alpha_bar = (1 - alpha_bar).clamp(min=1e-12)  # avoids 0 / 0 at t = 0, never read
+    one_minus_alpha_bar = (1 - alpha_bar).clamp(min=1e-12)  # avoids 0 / 0 in the unused entry t = 0
     schedule = Schedule(
         sqrt_alpha_bar=alpha_bar.sqrt(),
         sqrt_one_minus_alpha_bar=(1 - alpha_bar).sqrt(),
@@ -311,7 +314,7 @@ def add_noise(act: Tensor, t: Tensor, eps: Tensor, schedule: Schedule) -> Tensor
 def sample_actions(eps_net: nn.Module, obs: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:
     """Reverse chain: obs [rows, S] -> actions [rows, A] in [-1, 1]. Call it without gradients.
 
-    noise [T, rows, A] is x_T, then one draw for each step t = T, ..., 2.
+    noise [T, rows, A] holds x_T and one draw for each step t = T, ..., 2.
     """
     steps = len(noise)
     x = noise[0]
@@ -334,7 +337,7 @@ class Batch(NamedTuple):
     act: Tensor  # [B, A] in [-1, 1]
     rew: Tensor  # [B], transformed
     next_obs: Tensor  # [B, S]
-    not_done: Tensor  # [B], 0 if the episode is over, else 1; a timeout is no end
+    not_done: Tensor  # [B], 0 after a terminal, else 1; a timeout is not a terminal
 
 
 class DAC:
@@ -420,7 +423,7 @@ class DAC:
         """
         x = x.detach().requires_grad_()
         q = self.critic_target(batch.obs, x).mean(dim=0)  # [B]
-        (gradient,) = torch.autograd.grad(q.sum(), x)  # Eq. 19, for each row its own
+        (gradient,) = torch.autograd.grad(q.sum(), x)  # Eq. 19, row by row
         with torch.no_grad():
             q_scale = self.critic_target(batch.obs, batch.act).abs().mean()
         return gradient / (q_scale + 1e-6)  # deviation 3
@@ -538,9 +541,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def shuffled_batches(num_rows: int, batch_size: int, seed: int, step: int, device: str):
-    """Yields the row indices of updates step, step + 1, ...: shuffled epochs, the last batch short.
+    """Yields the row indices of updates step, step + 1, ... from shuffled epochs.
 
-    The same seed, step and device give the same batches, so a resumed run sees the same ones.
+    The last batch of an epoch can be short. On the same device a resumed run draws the batches
+    that it would have drawn without the break.
     """
     per_epoch = math.ceil(num_rows / batch_size)
     epoch, skip = divmod(step, per_epoch)
@@ -553,9 +557,9 @@ def shuffled_batches(num_rows: int, batch_size: int, seed: int, step: int, devic
 
 
 def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
-    """Defaults, then the task's preset, --quick and what is typed; each overrides the one before.
+    """Defaults, the task's preset, --quick, the command line: each overrides the one before.
 
-    With --resume: the arguments of that run and its checkpoint.
+    With --resume, returns the arguments of that run and its checkpoint.
     """
     typed, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
     if typed.resume is None:
@@ -570,11 +574,11 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     folder = Path(typed.resume)
     path = folder / "checkpoint.pt"
     if not (folder / "args.json").exists():
-        sys.exit(f"error: --resume {folder}: this is not the folder of a run, it has no args.json")
+        sys.exit(f"error: --resume {folder}: this is not the folder of a run: it has no args.json")
     if not path.exists():
         sys.exit(f"error: {path} does not exist: the run ended before its first checkpoint")
     if not zipfile.is_zipfile(path):
-        sys.exit(f"error: {path} is not a checkpoint, or a damaged one")
+        sys.exit(f"error: {path} is not a checkpoint, or is damaged")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if checkpoint.get("algorithm") != ALGORITHM:
         sys.exit(f"error: {path} was written by {checkpoint.get('algorithm')}.py")
@@ -582,7 +586,7 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     unknown = stored.keys() - {field.name for field in fields(Args)}
     if unknown:
         names = ", ".join(sorted(unknown))
-        sys.exit(f"error: {path} is of another version of {ALGORITHM}.py, which had: {names}")
+        sys.exit(f"error: {path} is from another version of {ALGORITHM}.py, with {names}")
     args = tyro.cli(Args, args=argv, default=replace(Args(), **stored), description=__doc__)
     check_args(args)
     for name, value in stored.items():
@@ -593,7 +597,7 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
 
 
 def check_args(args: Args) -> None:
-    """Ends the program if a number is out of range or --env cannot be the name of a folder."""
+    """Ends the program if a number is out of range or --env cannot name a folder."""
     for name, value in asdict(args).items():
         high = 1 if name in AT_MOST_ONE else 2**31 - 1
         for number in value if isinstance(value, tuple) else (value,):  # cped.py has tables
@@ -612,7 +616,7 @@ def new_folder(args: Args) -> Path:
     name = time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
-        with suppress(FileExistsError):  # of another run that was started in the same second
+        with suppress(FileExistsError):  # of another run, started in the same second
             folder.mkdir()
             return folder
 
@@ -620,7 +624,7 @@ def new_folder(args: Args) -> Path:
 def stop_if_not_finite(values: dict[str, float], step: int, folder: Path) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
-            print(file=sys.stderr)  # the progress bar has left its line open
+            print(file=sys.stderr)  # ends the line of the progress bar
             sys.exit(
                 f"error: {name} is {value} at update {step};"
                 f" the last good checkpoint, if there is one, is in {folder}"
@@ -639,11 +643,11 @@ def save(content: dict, path: Path) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)  # half a file, where the disk is full
+        part.unlink(missing_ok=True)  # half a file, if the disk is full
 
 
 class Log:
-    """metrics.csv and TensorBoard with the same names; rows: what a resumed run has logged."""
+    """Logs to metrics.csv and TensorBoard; rows: what a resumed run has logged so far."""
 
     def __init__(self, folder: Path, columns: list[str], rows: list[dict]):
         self.rows = rows
@@ -699,7 +703,7 @@ def main(argv: list[str] | None = None) -> dict:
     arrays, info = load_dataset(args.env, args.data, need_env=args.eval)
     if checkpoint is not None and checkpoint["info"]["sha256"] != info["sha256"]:
         trained = checkpoint["info"]["id"]
-        sys.exit(f"error: {args.resume} was trained on {trained}, this is other data: see --data")
+        sys.exit(f"error: {args.resume} was trained on {trained}, not on this data: see --data")
     arrays["rew"] = transform_rewards(arrays["rew"], arrays["ends"], args.reward_transform)
     arrays["act"] = arrays["act"].clip(-1 + 1e-5, 1 - 1e-5)
     data = Batch(*(torch.as_tensor(arrays[name], device=device) for name in Batch._fields))
@@ -722,7 +726,7 @@ def main(argv: list[str] | None = None) -> dict:
         folder = new_folder(args)
     else:
         folder = Path(args.resume)
-        (folder / "result.json").unlink(missing_ok=True)  # of an earlier end
+        (folder / "result.json").unlink(missing_ok=True)  # it tells of an earlier end
     settings = asdict(replace(args, resume=None))
     record = {"args": settings, "dataset": info, "device": device_name, "sha256": {}}
     for source in (__file__, inspect.getsourcefile(load_dataset)):
@@ -735,9 +739,9 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"run folder  {folder}")
     print(f"device      {device_name}")
     if agent.step == stop:
-        print("stop        the run has reached its end; a larger --stop-after, or None, goes on")
+        print("stop        the run has reached its end: --stop-after, larger or None, continues it")
     if args.quick:
-        print("protocol    --quick: our own, its scores are not comparable with published ones")
+        print("protocol    --quick is ours: its scores cannot be compared with published ones")
     if args.compile:
         print("compile     the first update takes up to a minute")
 
@@ -786,7 +790,7 @@ def main(argv: list[str] | None = None) -> dict:
                 content["cuda_rng"] = torch.cuda.get_rng_state()
             for name in agent.NETWORKS:
                 weights = content["agent"][name].items()
-                # a weight that is NaN or infinite makes the sum so
+                # a NaN or infinite weight shows in the sum
                 sums = {f"{name}.{key}": tensor.sum().item() for key, tensor in weights}
                 stop_if_not_finite(sums, step, folder)
             save(content, folder / "checkpoint.pt")
@@ -808,7 +812,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.eval:
         for name in ("return", "normalized_score"):
             values = [row[f"eval/{name}"] for row in log.rows if f"eval/{name}" in row]
-            if values:  # there is no normalized score without reference returns
+            if values:  # a task without reference returns has no normalized score
                 result[f"{name}_last_5"] = mean(values[-5:])
                 result[f"{name}_best"] = max(values)
         final = evaluate(agent.act, info, args.final_episodes, FINAL_SEED)
@@ -825,4 +829,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:  # a full disk, a folder that cannot be written
-        sys.exit(f"error: {error} (a checkpoint that was written is intact: see --resume)")
+        sys.exit(f"error: {error} (the last checkpoint, if there is one, is intact: see --resume)")

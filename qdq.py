@@ -1,10 +1,11 @@
 """QDQ: Q-Distribution guided Q-learning (Zhang et al., NeurIPS 2024, arXiv:2410.20312).
 
 A consistency model learns the distribution of truncated returns in the data. The spread H of
-its samples tells how uncertain the value of an action is. Where H is among the largest of a
-batch, a pessimistic critic target shrinks the bootstrapped value. There are three stages:
-the teacher (a diffusion model), the student (the consistency model, distilled from the
-teacher) and the policy (TD3 with this target and a behaviour term).
+its samples tells how uncertain the value of an action is. A pessimistic critic target multiplies
+the bootstrapped value by m (Eq. 8): 1/H for the actions whose H is among the largest of the
+batch, which form the set U, and beta for the others. There are three stages: the teacher (a
+diffusion model), the student (the consistency model, distilled from the teacher) and the policy
+(TD3 with this target and a behaviour term).
 
     python qdq.py --env hopper-medium                   # published settings
     python qdq.py --env hopper-medium-replay --quick    # minutes on a laptop
@@ -16,37 +17,38 @@ seeds. The options are in four groups: run (--env to --final-episodes), data (--
 and --batch-size), optimisation (--teacher-steps to --critic-layer-norm) and algorithm (from
 --sigma-data on).
 
-Equations without a number here are those of EDM (teacher) and of consistency models
+Formulas without an equation number are those of EDM (teacher) and of consistency models
 (student).
 
-Where paper and released code differ, this file follows the code, with which the released
-weights agree. It is not known which settings gave the published tables:
+It is not known which settings gave the published tables. Where paper and released code differ,
+this file follows the code, which agrees with the released weights:
 
- 1. The discount of a truncated return begins at 1 in every window. Eq. 5 counts from the
+ 1. The discount of a truncated return begins at 1 in every window. In Eq. 5 it counts from the
     beginning of the trajectory. The reward of a terminal transition is included.
  2. H is the standard deviation of the K samples, in units of the return. Eq. 6 is a variance
     and divides by K - 1.
- 3. On AntMaze values are negative, and a factor below 1 would raise them. There m is 1 outside
-    of U (Eq. 8: beta) and, on five tasks, 1 + (1 - 1/H) / 10 inside (Eq. 8: 1/H). The task
-    umaze-diverse keeps 1/H, which raises values.
+ 3. On AntMaze values are negative, so a factor below 1 would raise them. There m is 1 outside
+    of U (Eq. 8: beta) and, on five tasks, 1 + (1 - 1/H) / 10 inside (Eq. 8: 1/H). The sixth,
+    umaze-diverse, keeps 1/H, which does raise values.
  4. Five AntMaze tasks train the actor by advantage-weighted regression, which the paper
     mentions as an option.
- 5. The actor's value term takes the mean action. Its "entropy" term is the log-likelihood
-    of the data's actions.
- 6. Next actions are drawn from the target policy if gamma > 0, and get TD3's smoothing noise.
+ 5. The actor's loss takes Q at the mean action. Its "entropy" term is the log-likelihood of
+    the data's actions.
+ 6. Next actions are sampled from the target policy if gamma > 0, else they are its mean. They
+    get TD3's smoothing noise.
  7. The targets of actor and critics move every second update (Algorithm 1: every update).
- 8. Teacher and student have 800,000 and 1,600,000 updates (two tasks differ, see PRESETS), where
+ 8. Teacher and student have 800,000 and 1,600,000 updates (two tasks differ, see PRESETS);
     Table G.1 prints 80,000 and 160,000. Alpha, beta and gamma are those of the authors'
     configuration files, not of Table G.2.
- 9. The paper does not mention: cosine decays of the step sizes, clipping of the critics'
-    gradient, LayerNorm in the critics of the two large mazes, log-std within [-5, 2].
+ 9. The paper does not mention the cosine decays of the step sizes, the clipping of the critics'
+    gradient, LayerNorm in the critics of the two large mazes, or the log-std within [-5, 2].
 10. A run is scored by the mean of its last five evaluations (return_last_5, or
     normalized_score_last_5). The paper does not say which evaluations its tables show.
 
-Ours are: batches from shuffled epochs (the authors' code draws each batch from all rows),
-independent draws for next action and smoothing (it draws both with one random key), PyTorch's
-RAdam, which adds eps in another place, a lower bound of 1e-6 on H, and no cap of 100 windows
-per trajectory (which never binds on D4RL).
+This file differs from the code, too: batches come from shuffled epochs (the code draws each
+from all rows), next actions and smoothing noise are independent (the code draws both with one
+random key), PyTorch's RAdam adds eps in another place, H is at least 1e-6, and a trajectory can
+have more than 100 windows (the code's limit, which D4RL's never reach).
 """
 
 import csv
@@ -81,8 +83,8 @@ from tqdm import tqdm
 from common import evaluate, load_dataset
 
 ALGORITHM = "qdq"
-EVAL_SEED = 1_000_000  # plus the policy update: all runs are evaluated on the same episodes
-FINAL_SEED = 1_000_000_000  # episodes that no earlier evaluation has used
+EVAL_SEED = 1_000_000  # plus the policy update: all runs get the same episodes
+FINAL_SEED = 1_000_000_000  # its episodes appear in no earlier evaluation
 MAY_BE_ZERO = ("seed",)  # all other counts are at least 1
 AT_MOST_ONE = ("discount", "tau", "student_tau", "alpha", "beta")
 RESUME_MAY_CHANGE = (
@@ -118,20 +120,20 @@ STUDENT_DEPENDS_ON = (  # must be equal in both runs for --consistency
 )
 EVAL_METRICS = ("eval/return", "eval/normalized_score", "eval/episode_length")
 
-# The authors' code (commit 5bc694f). The scale of the frequencies, W, k, the smoothing noise and
-# the period of 2 are in the paper, too.
+# From the authors' code (commit 5bc694f). The paper, too, gives the scale of the frequencies, W, k,
+# the smoothing noise and the period of 2.
 WINDOW = 200  # rewards in a truncated return, W
 STRIDE = 10  # transitions between the starts of two windows, k
-FREQUENCY_STD = 16.0  # of the random frequencies of the time features
-LOG_T_MEAN = -1.2  # ln t is normal in the teacher's training (EDM)
+FREQUENCY_STD = 16.0  # standard deviation of the random frequencies of the time features
+LOG_T_MEAN = -1.2  # the teacher is trained at normally distributed ln t (EDM)
 LOG_T_STD = 1.2
 STUDENT_TARGET_EVERY = 5  # updates between steps of the student's target
 POLICY_EVERY = 2  # updates between steps of the actor, of its target and of the critics' target
 TARGET_NOISE = 0.2  # standard deviation of the smoothing noise on next actions
-NOISE_CLIP = 0.5  # largest smoothing noise
+NOISE_CLIP = 0.5  # bound of the smoothing noise
 AWR_TEMPERATURE = 6.0  # factor of the advantage in the exponent
 AWR_MAX_WEIGHT = 100.0
-AWR_ACTIONS = 30  # actions behind v(s), M
+AWR_ACTIONS = 30  # sampled actions of which v(s) is the mean, M
 
 # Shapes: B batch, S observation dim, A action dim, K sampled returns, M sampled actions,
 # E environments.
@@ -143,62 +145,63 @@ AWR_ACTIONS = 30  # actions behind v(s), M
 @dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # task, Minari id, or a Gymnasium id if --data is a file
+    env: str = "hopper-medium"  # D4RL task, Minari id or, with a file as --data, Gymnasium id
     data: str = "auto"  # auto, d4rl, minari, bundled, or the path of a file in D4RL's layout
     seed: int = 0  # seed of initialisation, batches and noise; evaluation has its own
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is CUDA if there is a GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA if there is a GPU
     compile: bool = False  # compile the losses with torch.compile
-    quick: bool = False  # a small protocol of our own, for a machine without a GPU
+    quick: bool = False  # our own short protocol, for a machine without a GPU
     resume: str | None = None  # folder of the run to continue
     consistency: str | None = None  # run folder or checkpoint whose finished student is reused
     run_dir: str = "runs"  # root folder of all runs
-    total_steps: int = 1_000_000  # updates of the policy stage; teacher and student come on top
-    # policy update after which to end early, with a result; on --resume, None goes on to the end
+    total_steps: int = 1_000_000  # updates of the policy stage, after those of teacher and student
+    # end early after this policy update, with a result; on --resume, None goes on to total_steps
     stop_after: int | None = None
-    log_every: int = 1_000  # updates of any stage between log rows, which show one minibatch
+    log_every: int = 1_000  # updates between log rows, in each stage; each shows one minibatch
     checkpoint_minutes: float = 5.0  # minutes between checkpoints
     eval: bool = True  # --no-eval trains without an environment
     eval_every: int = 5_000  # policy updates between evaluations
     eval_episodes: int = 10  # episodes per evaluation
-    final_episodes: int = 100  # episodes that score the last policy
+    final_episodes: int = 100  # episodes that the last policy is scored on
 
     # data
 
-    reward_transform: Literal["minus_one", "none"] = "none"  # r - 1 or r, in every stage
+    reward_transform: Literal["minus_one", "none"] = "none"  # minus_one: r - 1; none: r
     batch_size: int = 256  # transitions or windows per update, B
 
     # optimisation
     teacher_steps: int = 800_000  # updates of the teacher; deviation 8
     student_steps: int = 1_600_000  # updates of the student; deviation 8
-    teacher_lr: float = 5e-4  # Adam step size of the teacher, cosine to 0
-    student_lr: float = 4e-4  # RAdam step size of the student, cosine to 0
-    # Adam step size of the actor: a cosine over total_steps of its own updates, which are half as
-    # many, so that it ends at half
+    teacher_lr: float = 5e-4  # Adam step size of the teacher, falling to 0 by a cosine
+    student_lr: float = 4e-4  # RAdam step size of the student, falling to 0 by a cosine
+    # Adam step size of the actor; its cosine would reach 0 after total_steps updates of the actor,
+    # which has half as many, so the step size ends at half
     actor_lr: float = 3e-4
     critic_lr: float = 3e-4  # Adam step size of the critics, constant
-    max_grad_norm: float = 10.0  # largest gradient norm of both critics together
+    max_grad_norm: float = 10.0  # the gradient of both critics together is clipped to this norm
     discount: float = 0.99  # discount factor gamma, in windows and critics
-    student_tau: float = 0.005  # rate of the student's target, which moves in every fifth update
-    tau: float = 0.005  # rate of the targets of actor and critics, which move in every second one
-    hidden_dim: int = 256  # width of the hidden layers, a multiple of 32
+    student_tau: float = 0.005  # rate of the student's target, moved in every fifth update
+    tau: float = 0.005  # rate of the targets of actor and critics, moved in every second update
+    hidden_dim: int = 256  # width of the hidden layers: 64, 96, 128, ...
     hidden_layers: int = 3  # hidden layers of actor and critics
     critic_layer_norm: bool = False  # LayerNorm before each activation of the critics
 
     # algorithm
-    sigma_data: float = 0.5  # standard deviation of normalised returns in the preconditioning
+    sigma_data: float = 0.5  # EDM's sigma_data: assumed deviation of normalised returns
     t_min: float = 0.002  # smallest noise level, in units of normalised returns
     t_max: float = 80.0  # largest noise level, T, at which the student is sampled
-    karras_rho: float = 7.0  # rho, bends the grid of noise levels
+    karras_rho: float = 7.0  # rho; larger values put more noise levels near t_min
     grid_points: int = 1_000  # noise levels of the distillation, N
     num_samples: int = 50  # sampled returns per next state and action, K
-    alpha: float = 0.992  # share of the ordinary target; the pessimistic one has 1 - alpha
-    # beta of Eq. 8: the quantile of H above which a row is in U, and the factor m outside of U
+    alpha: float = 0.992  # weight of the ordinary critic target; the pessimistic one has 1 - alpha
+    # beta of Eq. 8, in two roles: actions with H above this quantile form the uncertain set U, and
+    # outside of U the pessimistic target multiplies Q by m = beta
     beta: float = 0.8
-    outside_multiplier: float | None = None  # m outside of U; None is beta, as in Eq. 8
-    # m in U: 1 / H as in Eq. 8, or 1 + (1 - 1 / H) / 10 for negative values
+    outside_multiplier: float | None = None  # m outside of U; None means beta, as in Eq. 8
+    # m in U: inverse is 1 / H, as in Eq. 8; expand is 1 + (1 - 1 / H) / 10, for negative values
     inside_multiplier: Literal["inverse", "expand"] = "inverse"
-    # gamma of Eq. 9, weight of log pi(a|s) of the data's actions, which awr ignores; if it is
-    # above 0, next actions are sampled, else they are the mean
+    # gamma of Eq. 9, weight of the log-likelihood of the data's actions (not used by awr); above 0,
+    # next actions are sampled from the target policy, at 0 they are its mean
     gamma_ent: float = 0.8
     actor_objective: Literal["q", "awr"] = "q"  # q: Eq. 9; awr: advantage-weighted regression
 
@@ -216,7 +219,7 @@ AWR = dict(alpha=0.99, inside_multiplier="expand", actor_objective="awr", **ANTM
 
 # The authors' configuration files and run_consistency.sh (commit 5bc694f). Table G.2 differs:
 # beta is 0.8 on hopper and else 0.9; alpha is 0.99 on halfcheetah, hopper-medium(-replay) and
-# AntMaze, else 0.95; gamma is 0 on halfcheetah-medium(-replay), else 1; there are 3 layers.
+# AntMaze, else 0.95; gamma is 0 on halfcheetah-medium(-replay), else 1; all have 3 layers.
 # See deviation 8.
 PRESETS = {
     "hopper-medium": dict(alpha=0.992, beta=0.8, gamma_ent=0.8),
@@ -239,8 +242,8 @@ PRESETS = {
     "antmaze-large-diverse": dict(gamma_ent=0.0, max_grad_norm=3.0, critic_layer_norm=True, **AWR),
 }
 
-# Ours. Narrow networks, few samples, fast targets, and a large weight of the behaviour term,
-# because Q is unreliable after so few updates.
+# Ours: narrow networks, few samples, fast targets. The behaviour term has a large weight, because
+# Q is unreliable after so few updates.
 QUICK = dict(
     teacher_steps=3_000,
     student_steps=4_000,
@@ -263,7 +266,7 @@ QUICK = dict(
 
 
 def mish(x: Tensor) -> Tensor:
-    """x tanh(softplus(x)), with one exponential: on a CPU faster than F.mish."""
+    """x tanh(softplus(x)) with one exponential, which on a CPU is faster than F.mish."""
     if x.is_cuda:
         return F.mish(x)
     exp = x.clamp(max=30).exp()  # beyond 30, mish(x) is x
@@ -274,7 +277,7 @@ def mish(x: Tensor) -> Tensor:
 class ReturnNetwork(nn.Module):
     """NN of teacher and student: (obs [B, S], act [B, A], scaled return x [B, 1], t) -> [B, 1].
 
-    The noise level t is [B, 1], or [1, 1] where it is one for all rows.
+    The noise level t is [B, 1], or [1, 1] if all rows share it.
     """
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int):
@@ -300,7 +303,7 @@ class ReturnNetwork(nn.Module):
         code = torch.cat([angle.sin(), angle.cos()], dim=1)
         code = F.silu(self.time1(code))
         code = F.silu(self.time2(code))
-        code = code.expand(len(x), -1)  # [B, 32], also where t is one for all rows
+        code = code.expand(len(x), -1)  # [B, 32], also if all rows share t
         h = torch.cat([obs, act, x, code], dim=1)
         h = F.silu(self.norm1(self.layer1(h)))
         h = F.silu(self.norm2(self.layer2(h)))
@@ -348,7 +351,7 @@ class Critics(nn.Module):
         sizes = [obs_dim + act_dim] + [hidden_dim] * hidden_layers + [1]
         for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
             weight = torch.empty(2, fan_in, fan_out)
-            for head in weight:  # one by one: xavier_uniform_ miscounts the fans of a stack
+            for head in weight:  # one by one: xavier_uniform_ misreads the fans of a 3-d tensor
                 nn.init.xavier_uniform_(head)
             self.weights.append(nn.Parameter(weight))
             self.biases.append(nn.Parameter(torch.zeros(2, 1, fan_out)))
@@ -380,8 +383,8 @@ def truncated_returns(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The Q dataset of Eq. 5: the rows where windows begin, and their discounted returns.
 
-    A trajectory has windows every stride rows. The last one is the first that reaches the end
-    of the trajectory, and may be shorter; ends marks the last row of each trajectory.
+    Windows begin every stride rows of a trajectory, up to the first that reaches its end, which
+    may be shorter. ends marks the last row of each trajectory.
     """
     powers = discount ** np.arange(window)  # deviation 1
     rew = rew.astype(np.float64)
@@ -408,7 +411,7 @@ def karras_grid(points: int, t_min: float, t_max: float, rho: float) -> Tensor:
 def denoise(
     teacher: nn.Module, obs: Tensor, act: Tensor, x: Tensor, t: Tensor, args: Args
 ) -> Tensor:
-    """Teacher D(x, t | s, a) [B, 1]: EDM's estimate of the return in x, which has noise t."""
+    """Teacher D(x, t | s, a) [B, 1]: EDM's estimate of the return without the noise t of x."""
     total = t**2 + args.sigma_data**2
     c_in = 1 / total.sqrt()
     c_skip = args.sigma_data**2 / total
@@ -461,7 +464,7 @@ def sample_returns(
 ) -> Tensor:
     """One-step samples in units of the return, not clipped; noise [B, K] -> [B, K].
 
-    A CPU takes 64 rows at a time, which fit into its cache: compiled, this is a third faster.
+    A CPU takes 64 rows at a time, which fit into its cache. Compiled, this is a third faster.
     """
     piece = len(obs) if obs.is_cuda else 64
     samples = []
@@ -475,7 +478,7 @@ def sample_returns(
 def multiplier(h: Tensor, args: Args) -> Tensor:
     """The factor m [B] of Q_L = m Q in Eq. 8, from the uncertainties H [B] of the batch."""
     threshold = torch.quantile(h, args.beta)  # h_beta
-    inverse = 1 / h.clamp(min=1e-6)  # a student that has collapsed has H = 0
+    inverse = 1 / h.clamp(min=1e-6)  # a collapsed student has H = 0
     if args.inside_multiplier == "inverse":
         inside = inverse
     else:
@@ -500,7 +503,7 @@ class Batch(NamedTuple):
     act: Tensor  # [B, A] in [-1, 1]
     rew: Tensor  # [B], transformed
     next_obs: Tensor  # [B, S]
-    not_done: Tensor  # [B], 0 if the episode is over, else 1; a timeout is no end
+    not_done: Tensor  # [B], 0 after a terminal, else 1; a timeout is not a terminal
 
 
 class QDQ:
@@ -527,8 +530,8 @@ class QDQ:
         "td_target",  # mean of alpha y_H + (1 - alpha) y_L
         "uncertainty",  # mean of H
         "multiplier",  # mean of m
-        "sampled_return",  # mean of the student's samples
-        "actor_loss",  # of the actor's newest update, like the two below
+        "sampled_return",  # mean of the student's samples, in units of the return
+        "actor_loss",  # of the newest actor update, as are the two below
         "policy_value",  # mean of min Q(s, mu(s)), or of v(s) in advantage-weighted regression
         "log_prob",  # mean of log pi(a|s) of the data's actions
     )
@@ -547,7 +550,7 @@ class QDQ:
         self.teacher = ReturnNetwork(obs_dim, act_dim, args.hidden_dim).to(device)
         self.teacher_adam = torch.optim.Adam(self.teacher.parameters(), fused=True)
 
-        # The student's target is initialised on its own, not as a copy, as the authors' is.
+        # As in the authors' code, the student's target starts from its own weights, not as a copy.
         self.student = ReturnNetwork(obs_dim, act_dim, args.hidden_dim).to(device)
         self.student_target = ReturnNetwork(obs_dim, act_dim, args.hidden_dim).to(device)
         self.student_target.requires_grad_(False)
@@ -607,10 +610,10 @@ class QDQ:
     def td_targets(
         self, batch: Batch, next_noise: Tensor, smoothing: Tensor, return_noise: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Targets y_H and y_L [B] of Eq. 7's two losses, the ordinary and the pessimistic one.
+        """Targets y_H (ordinary) and y_L (pessimistic) of the two losses of Eq. 7, [B] each.
 
-        H in y_H stands for "high", not for the uncertainty. All noise is standard normal,
-        [B, A] twice and [B, K]. Returns (y_H, y_L, metrics).
+        H in y_H stands for "high", not for the uncertainty. The noises are standard normal:
+        [B, A], [B, A] and [B, K]. Returns (y_H, y_L, metrics).
         """
         args = self.args
         mu, std = self.actor_target(batch.next_obs)
@@ -642,7 +645,7 @@ class QDQ:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 7: alpha L_H + (1 - alpha) L_L. Returns (loss, metrics).
 
-        The gradient is the one of a single loss with the target alpha y_H + (1 - alpha) y_L.
+        It has the gradient of a single loss with the target alpha y_H + (1 - alpha) y_L.
         """
         args = self.args
         q = self.critic(batch.obs, batch.act)  # [2, B]
@@ -675,8 +678,7 @@ class QDQ:
     def awr_loss(self, batch: Batch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Advantage-weighted regression (deviation 4). Returns (loss, metrics).
 
-        The value v(s) is a mean over M actions of the target policy, sampled from noise
-        [M, B, A].
+        The value v(s) is the mean over M actions of the target policy, made from noise [M, B, A].
         """
         mu, std = self.actor(batch.obs)
         log_prob = Normal(mu, std, validate_args=False).log_prob(batch.act).sum(dim=1)  # [B]
@@ -814,9 +816,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def shuffled_batches(num_rows: int, batch_size: int, seed: int, step: int, device: str):
-    """Yields the row indices of updates step, step + 1, ...: shuffled epochs, the last batch short.
+    """Yields the row indices of updates step, step + 1, ... from shuffled epochs.
 
-    The same seed, step and device give the same batches, so a resumed run sees the same ones.
+    The last batch of an epoch can be short. On the same device a resumed run draws the batches
+    that it would have drawn without the break.
     """
     per_epoch = math.ceil(num_rows / batch_size)
     epoch, skip = divmod(step, per_epoch)
@@ -829,9 +832,9 @@ def shuffled_batches(num_rows: int, batch_size: int, seed: int, step: int, devic
 
 
 def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
-    """Defaults, then the task's preset, --quick and what is typed; each overrides the one before.
+    """Defaults, the task's preset, --quick, the command line: each overrides the one before.
 
-    With --resume: the arguments of that run and its checkpoint.
+    With --resume, returns the arguments of that run and its checkpoint.
     """
     typed, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
     if typed.resume is None:
@@ -846,11 +849,11 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     folder = Path(typed.resume)
     path = folder / "checkpoint.pt"
     if not (folder / "args.json").exists():
-        sys.exit(f"error: --resume {folder}: this is not the folder of a run, it has no args.json")
+        sys.exit(f"error: --resume {folder}: this is not the folder of a run: it has no args.json")
     if not path.exists():
         sys.exit(f"error: {path} does not exist: the run ended before its first checkpoint")
     if not zipfile.is_zipfile(path):
-        sys.exit(f"error: {path} is not a checkpoint, or a damaged one")
+        sys.exit(f"error: {path} is not a checkpoint, or is damaged")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if checkpoint.get("algorithm") != ALGORITHM:
         sys.exit(f"error: {path} was written by {checkpoint.get('algorithm')}.py")
@@ -858,7 +861,7 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     unknown = stored.keys() - {field.name for field in fields(Args)}
     if unknown:
         names = ", ".join(sorted(unknown))
-        sys.exit(f"error: {path} is of another version of {ALGORITHM}.py, which had: {names}")
+        sys.exit(f"error: {path} is from another version of {ALGORITHM}.py, with {names}")
     args = tyro.cli(Args, args=argv, default=replace(Args(), **stored), description=__doc__)
     check_args(args)
     for name, value in stored.items():
@@ -869,7 +872,7 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
 
 
 def check_args(args: Args) -> None:
-    """Ends the program if a number is out of range or --env cannot be the name of a folder."""
+    """Ends the program if a number is out of range or --env cannot name a folder."""
     for name, value in asdict(args).items():
         high = 1 if name in AT_MOST_ONE else 2**31 - 1
         for number in value if isinstance(value, tuple) else (value,):  # cped.py has tables
@@ -888,7 +891,7 @@ def new_folder(args: Args) -> Path:
     name = time.strftime(f"seed{args.seed}-%Y%m%d-%H%M%S")
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
-        with suppress(FileExistsError):  # of another run that was started in the same second
+        with suppress(FileExistsError):  # of another run, started in the same second
             folder.mkdir()
             return folder
 
@@ -896,7 +899,7 @@ def new_folder(args: Args) -> Path:
 def stop_if_not_finite(values: dict[str, float], step: int, folder: Path) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
-            print(file=sys.stderr)  # the progress bar has left its line open
+            print(file=sys.stderr)  # ends the line of the progress bar
             sys.exit(
                 f"error: {name} is {value} at update {step};"
                 f" the last good checkpoint, if there is one, is in {folder}"
@@ -915,11 +918,11 @@ def save(content: dict, path: Path) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)  # half a file, where the disk is full
+        part.unlink(missing_ok=True)  # half a file, if the disk is full
 
 
 class Log:
-    """metrics.csv and TensorBoard with the same names; rows: what a resumed run has logged."""
+    """Logs to metrics.csv and TensorBoard; rows: what a resumed run has logged so far."""
 
     def __init__(self, folder: Path, columns: list[str], rows: list[dict]):
         self.rows = rows
@@ -946,20 +949,20 @@ class Log:
 
 
 def reuse_student(agent: QDQ, args: Args, info: dict) -> None:
-    """Takes over teacher and student of the run --consistency, if its student is the same."""
+    """Copies teacher and student of the run --consistency, if it trained them as this run would."""
     path = Path(args.consistency)
     if path.is_dir():
         path = path / "checkpoint.pt"
     if not path.exists():
         sys.exit(f"error: --consistency {args.consistency}: {path} does not exist")
     if not zipfile.is_zipfile(path):
-        sys.exit(f"error: --consistency: {path} is not a checkpoint, or a damaged one")
+        sys.exit(f"error: --consistency: {path} is not a checkpoint, or is damaged")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if checkpoint.get("algorithm") != ALGORITHM:
         sys.exit(f"error: --consistency: {path} is not a checkpoint of {ALGORITHM}.py")
     stored = {**asdict(Args()), **checkpoint["args"]}
     if stored.keys() != asdict(args).keys():
-        sys.exit(f"error: --consistency: {path} has arguments of another version")
+        sys.exit(f"error: --consistency: {path} is from another version of {ALGORITHM}.py")
     if checkpoint["info"]["sha256"] != info["sha256"]:
         trained = checkpoint["info"]["id"]
         sys.exit(f"error: --consistency: {path} was trained on other data, {trained}")
@@ -1001,7 +1004,7 @@ def main(argv: list[str] | None = None) -> dict:
     arrays, info = load_dataset(args.env, args.data, need_env=args.eval)
     if checkpoint is not None and checkpoint["info"]["sha256"] != info["sha256"]:
         trained = checkpoint["info"]["id"]
-        sys.exit(f"error: {args.resume} was trained on {trained}, this is other data: see --data")
+        sys.exit(f"error: {args.resume} was trained on {trained}, not on this data: see --data")
     if args.reward_transform == "minus_one":
         arrays["rew"] = arrays["rew"] - 1
     arrays["act"] = arrays["act"].clip(-1 + 1e-5, 1 - 1e-5)
@@ -1017,7 +1020,7 @@ def main(argv: list[str] | None = None) -> dict:
     high = returns.max()
     print(f"windows     {len(begins):,}, with truncated returns from {low:.7g} to {high:.7g}")
     if low == high:
-        sys.exit("error: all truncated returns are equal: they have no distribution to learn")
+        sys.exit("error: all truncated returns are equal: there is no distribution to learn")
     x = 2 * (returns - low) / (high - low) - 1
     x = torch.as_tensor(x, dtype=torch.float32, device=device)
     begins = torch.as_tensor(begins, device=device)
@@ -1044,7 +1047,7 @@ def main(argv: list[str] | None = None) -> dict:
         folder = new_folder(args)
     else:
         folder = Path(args.resume)
-        (folder / "result.json").unlink(missing_ok=True)  # of an earlier end
+        (folder / "result.json").unlink(missing_ok=True)  # it tells of an earlier end
     settings = asdict(replace(args, resume=None))
     record = {"args": settings, "dataset": info, "device": device_name, "sha256": {}}
     for source in (__file__, inspect.getsourcefile(load_dataset)):
@@ -1057,9 +1060,9 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"run folder  {folder}")
     print(f"device      {device_name}")
     if agent.step == stop:
-        print("stop        the run has reached its end; a larger --stop-after, or None, goes on")
+        print("stop        the run has reached its end: --stop-after, larger or None, continues it")
     if args.quick:
-        print("protocol    --quick: our own, its scores are not comparable with published ones")
+        print("protocol    --quick is ours: its scores cannot be compared with published ones")
     if args.compile:
         print("compile     the first update takes up to a minute")
 
@@ -1118,7 +1121,7 @@ def main(argv: list[str] | None = None) -> dict:
                     content["cuda_rng"] = torch.cuda.get_rng_state()
                 for name in agent.NETWORKS:
                     weights = content["agent"][name].items()
-                    # a weight that is NaN or infinite makes the sum so
+                    # a NaN or infinite weight shows in the sum
                     sums = {f"{name}.{key}": tensor.sum().item() for key, tensor in weights}
                     stop_if_not_finite(sums, step, folder)
                 save(content, folder / "checkpoint.pt")
@@ -1140,7 +1143,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.eval:
         for name in ("return", "normalized_score"):
             values = [row[f"eval/{name}"] for row in log.rows if f"eval/{name}" in row]
-            if values:  # there is no normalized score without reference returns
+            if values:  # a task without reference returns has no normalized score
                 result[f"{name}_last_5"] = mean(values[-5:])  # deviation 10
                 result[f"{name}_best"] = max(values)
         final = evaluate(agent.act, info, args.final_episodes, FINAL_SEED)
@@ -1157,4 +1160,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:  # a full disk, a folder that cannot be written
-        sys.exit(f"error: {error} (a checkpoint that was written is intact: see --resume)")
+        sys.exit(f"error: {error} (the last checkpoint, if there is one, is intact: see --resume)")

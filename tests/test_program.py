@@ -293,7 +293,7 @@ def test_files_that_are_no_checkpoints(trained, tmp_path):
     }
     for name, content in damaged.items():
         (tmp_path / name).write_bytes(content)
-        refused(f"{name} is not a checkpoint, or a damaged one", tmp_path / name)
+        refused(f"{name} is not a checkpoint, or is damaged", tmp_path / name)
     refused("absent.pt does not exist", tmp_path / "absent.pt")
     refused("checkpoint.pt does not exist", tmp_path)
     refused("small.hdf5 is not a checkpoint", folder.parents[3] / "small.hdf5")
@@ -306,7 +306,7 @@ class Trap:
 
 def test_a_checkpoint_runs_no_code(checkpoint, tmp_path):
     checkpoint["info"]["trap"] = Trap()
-    refused("not a checkpoint, or a damaged one", saved(checkpoint, tmp_path))
+    refused("not a checkpoint, or is damaged", saved(checkpoint, tmp_path))
 
 
 @pytest.mark.parametrize("key", list(common.CHECKPOINT_FORM))

@@ -1470,7 +1470,7 @@ def test_a_file_that_holds_no_student_is_refused(run, tmp_path):
         ("nowhere.pt", "does not exist"),
         ("text.pt", "is not a checkpoint"),
         ("dac.pt", "is not a checkpoint of qdq.py"),
-        ("old.pt", "has arguments of another version"),
+        ("old.pt", "is from another version of qdq.py"),
         ("unfinished.pt", "the student of .*unfinished.pt is not finished"),
     ):
         with pytest.raises(SystemExit, match=f"^error: --consistency.*{message}"):

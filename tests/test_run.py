@@ -332,7 +332,7 @@ def test_a_stopped_run_says_how_it_goes_on(script, run, folder, capsys):
     assert "has reached its end" not in capsys.readouterr().out
     result = module(script).main(["--resume", str(folder("runs"))])
     assert result["updates"] == first_updates(script, 4) + 5
-    assert "a larger --stop-after, or None, goes on" in capsys.readouterr().out
+    assert "--stop-after, larger or None, continues it" in capsys.readouterr().out
     result = module(script).main(["--resume", str(folder("runs")), "--stop-after", "None"])
     assert result["updates"] == first_updates(script, 4) + 12
 
@@ -435,12 +435,12 @@ def test_resume_of_something_else_is_refused(script, run, folder, tmp_path):
         (tmp_path / "downloads", "not the folder of a run"),
         (good / "checkpoint.pt", "not the folder of a run"),
         (copy("none", None), "the run ended before its first checkpoint"),
-        (copy("half", half), "is not a checkpoint, or a damaged one"),
-        (copy("text", b"no checkpoint"), "is not a checkpoint, or a damaged one"),
+        (copy("half", half), "is not a checkpoint, or is damaged"),
+        (copy("text", b"no checkpoint"), "is not a checkpoint, or is damaged"),
         (copy("other", checkpoint | {"algorithm": other}), f"was written by {other}.py"),
         (
             copy("old", old),
-            f"is of another version of {script}.py, which had: checkpoint_every, tf32",
+            f"is from another version of {script}.py, with checkpoint_every, tf32",
         ),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -715,7 +715,7 @@ def test_a_full_disk_while_logging_is_one_sentence_and_the_run_goes_on(what, tmp
     )
     assert done.returncode == 1
     assert "error: [Errno 28] No space left on device" in done.stderr
-    assert "a checkpoint that was written is intact" in done.stderr
+    assert "the last checkpoint, if there is one, is intact" in done.stderr
     assert "Traceback" not in done.stderr
     (own,) = (tmp_path / "runs").glob("*/dac/*")
     result = module("dac").main(["--resume", str(own)])
