@@ -1,23 +1,23 @@
 """Datasets and evaluation for dac.py, qdq.py and cped.py.
 
-A script takes two functions from here. `load_dataset` returns the arrays of a dataset and
-plain facts about it (`info`), and `evaluate` plays whole episodes. Whoever copies a script
-into another project replaces these two.
+A script imports two functions from here. `load_dataset` returns the arrays of a dataset and
+plain facts about it (`info`), and `evaluate` plays whole episodes. To use a script in another
+project, replace these two.
 
 Shapes: N transitions, S observation dimension, A action dimension, E episodes. Actions are
-in [-1, 1] on both sides: the bounds of environment and data are settled once, at load.
+in [-1, 1], in the data and in evaluation; the environment's own bounds appear only in this file.
 
 D4RL was recorded in gym's -v2 environments under MuJoCo 2.1. Gymnasium's -v4 environments
-have the same models, rewards and ends, and one step agrees to rounding. Returns of D4RL's own
-policies differ by -0.8 (hopper), -1.4 (halfcheetah; the fastest run 2 to 8 % slower) and +0.5
-(walker2d) normalised points on average, and single policies by more than 10. From MuJoCo 3.5 on
-the margins of two geoms are added, where before the larger one counted. All geoms of Hopper and
-of the ant share one margin, so halving it restores D4RL's contacts exactly.
+have the same models, rewards and ends of episodes, and one step agrees to rounding. Returns of
+D4RL's own policies differ on average by -0.8 (hopper), -1.4 (halfcheetah, where the fastest run
+2 to 8 % slower) and +0.5 (walker2d) normalised points, and those of single policies by more than
+10. Since MuJoCo 3.5 the contact margins of two geoms are added; before, the larger one counted.
+All geoms of Hopper and of the ant have the same margin, so halving it restores D4RL's contacts
+exactly.
 
-AntMaze restores D4RL's ant over Gymnasium's: the time step, the torque and the contacts'
-solimp, the maze with the start as origin, the noise of start and goal, and an episode that ends
-at the goal. One step agrees to rounding, and success rates of D4RL's own policies agree to
-about 10 points each way.
+AntMaze changes Gymnasium's ant into D4RL's: the time step, the torque, the contacts' solimp, the
+maze with the start as origin, the noise of start and goal, and an episode that ends at the goal.
+One step agrees to rounding, and success rates of D4RL's own policies agree within about 10 points.
 """
 
 import contextlib
@@ -119,12 +119,12 @@ D4RL_SHA256 = {  # of every file, as pinned by TensorFlow Datasets
     "antmaze-large-play-v2": "6d353df2457829925d7f9d4b0215587469908bd57478ea76f16417cfa944f471",
     "antmaze-large-diverse-v2": "84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284",
 }
-MIRRORS = (  # tried in this order; the first keeps D4RL's folders, the second has all files in one
+MIRRORS = (  # tried in this order; the first has D4RL's folders, the second a single folder
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/{path}",
     "https://huggingface.co/datasets/imone/D4RL/resolve/main/{name}",
 )
 MINARI_HUB = "https://huggingface.co/datasets/farama-minari"
-# what Minari has in place of other D4RL tasks
+# Minari's ids for other D4RL tasks
 MINARI_NAMES = {
     "pen": "D4RL/pen/{}-v2",
     "door": "D4RL/door/{}-v2",
@@ -134,7 +134,7 @@ MINARI_NAMES = {
     "maze2d": "D4RL/pointmaze/{}-v2",
 }
 BUNDLED = Path(__file__).resolve().parent / "benchmarks" / "data"
-TIMEOUT = 7.0  # seconds after which a silent server counts as dead: two mirrors stay below 15
+TIMEOUT = 7.0  # seconds after which a silent server counts as dead: two mirrors take less than 15
 MIN_SPEED = 10_000  # bytes per second of a download
 MAX_BYTES = 1 << 30  # of a dataset, three times D4RL's largest
 MAX_STEP = 1.5  # metres that an ant can move in one step of 0.1 s; farther is another episode
@@ -150,7 +150,7 @@ MATRICES = ("observations", "actions", "next_observations")
 
 
 class UserError(SystemExit):
-    """A mistake of the user in one sentence: what is wrong, where, what to do. Exit status 1."""
+    """Ends the program with status 1 and one sentence: what is wrong, where, and what to do."""
 
     def __init__(self, message: str):
         super().__init__(f"error: {message}")
@@ -161,7 +161,7 @@ def explained(what: str) -> Iterator[None]:
     """Turns what a library raises about somebody's file or environment into one sentence."""
     try:
         yield
-    except Exception as error:  # UserError is none, so sentences from inside stay as they are
+    except Exception as error:  # UserError is no Exception, so it passes unchanged
         reason = " ".join(repr(error).split())[:200]
         raise UserError(f"{what} ({reason})") from None
 
@@ -199,7 +199,7 @@ def load_dataset(
         facts = task_facts(env, need_env)
     else:
         raise UserError(
-            f"--data {data}: neither auto, d4rl, minari or bundled nor an .hdf5 or .npz file"
+            f"--data {data}: must be auto, d4rl, minari, bundled, or an .hdf5 or .npz file"
         )
 
     # an official file gets its official name
@@ -219,13 +219,13 @@ def load_dataset(
     arrays, counts = to_transitions(raw, MAX_STEP if is_antmaze else None)
     if counts["episodes"] == 0:
         raise UserError(
-            f"{path}: not one whole episode, for there is neither a terminal nor a timeout in"
-            f" {counts['rows']} rows"
+            f"{path}: there is no whole episode, as none of the {counts['rows']} rows is a"
+            " terminal or a timeout"
         )
     if counts["transitions"] < 2:
         raise UserError(
-            f"{path}: without those that are cut off there are {counts['transitions']}"
-            " transitions, too few to learn"
+            f"{path}: too few transitions to learn from: {counts['transitions']} are left"
+            " without those that are cut off"
         )
     low = np.asarray(facts["act_low"])
     high = np.asarray(facts["act_high"])
@@ -267,7 +267,7 @@ def strip_version(env: str) -> str:
 
 
 def d4rl_robot(env: str) -> str | None:
-    """hopper of hopper-medium or hopper-expert-v1; None of every name that is not D4RL's."""
+    """hopper for hopper-medium or hopper-expert-v1; None for a name that is not D4RL's."""
     robot, _, quality = re.sub(r"-v[012]$", "", env).partition("-")
     if robot in EVALUATION_ENVS and quality in QUALITIES:
         return robot
@@ -277,17 +277,17 @@ def d4rl_robot(env: str) -> str | None:
 
 
 def d4rl_name(env: str) -> str:
-    """hopper-medium -> hopper-medium-v2; an unknown task is an error that names what is near."""
+    """hopper-medium -> hopper-medium-v2; for an unknown task, an error with similar names."""
     name = env if env in D4RL_SHA256 else f"{env}-v2"
     if name in D4RL_SHA256:
         return name
     robot, _, quality = strip_version(env).partition("-")
     if robot in MINARI_NAMES:
-        hint = f"Minari has such data, try --env {MINARI_NAMES[robot].format(quality)}"
+        hint = f"Minari has such data: try --env {MINARI_NAMES[robot].format(quality)}"
     elif d4rl_robot(env):
-        hint = "D4RL's file is not downloaded from here: get it, and add --data FILE.hdf5"
+        hint = "D4RL's file of it is not downloaded here: get it, and add --data FILE.hdf5"
     elif env in gym.registry or ":" in env:
-        hint = "this is an environment, whose data must be named with --data FILE"
+        hint = "this is an environment: name its data with --data FILE"
     else:
         near = difflib.get_close_matches(strip_version(env), TASKS)
         hints = []
@@ -300,7 +300,7 @@ def d4rl_name(env: str) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Of a file or, for Minari, of the contents of all files in a folder, sorted by name."""
+    """Of a file or, for Minari, of the contents of a folder's files, sorted by name."""
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -313,7 +313,7 @@ def sha256(path: Path) -> str:
 
 
 def find_file(task: str, data: str) -> tuple[Path, str]:
-    """File and dataset id of a D4RL task: from the cache, a mirror or, if need be, bundled."""
+    """File and id of a D4RL task's dataset: from the cache, a mirror or the bundled sample."""
     name = strip_version(task)
     bundled = BUNDLED / f"{name}.hdf5"
     if data == "bundled":
@@ -329,8 +329,8 @@ def find_file(task: str, data: str) -> tuple[Path, str]:
     if target.exists():
         if sha256(target) != D4RL_SHA256[task]:
             raise UserError(
-                f"{target} is not D4RL's {task}: delete it to download that, or use it with"
-                f" --data {target}"
+                f"{target} is not D4RL's {task}: delete it to download D4RL's, or use it"
+                f" with --data {target}"
             )
         return target, f"d4rl/{task}"
 
@@ -363,7 +363,7 @@ def find_file(task: str, data: str) -> tuple[Path, str]:
         )
         return bundled, f"bundled/{name}"
     reasons = "; ".join(failures)
-    lines = [f"{target} does not exist and cannot be downloaded ({reasons}); get it by"]
+    lines = [f"{target} does not exist and cannot be downloaded ({reasons}); get it with"]
     lines += [f"  curl -L -o {target} {url}" for url in urls]
     if bundled.exists():
         lines.append("or train on the small sample with --data bundled")
@@ -371,7 +371,7 @@ def find_file(task: str, data: str) -> tuple[Path, str]:
 
 
 def download(url: str, part: str, _: object) -> None:
-    """For pooch: fetches url to the file part. Gives up a server that is too slow or endless."""
+    """For pooch: fetches url to the file part. Gives up if this is too slow or does not end."""
     started = time.monotonic()
     with requests.get(url, stream=True, timeout=TIMEOUT) as response, open(part, "wb") as file:
         response.raise_for_status()
@@ -389,7 +389,7 @@ def download(url: str, part: str, _: object) -> None:
 
 
 def answers(url: str) -> bool:
-    """Whether anything answers in time; in a thread, as looking up a name has no time limit."""
+    """Whether a server answers in time; in a thread, as a DNS lookup has no time limit."""
     responses = []
 
     def ask() -> None:
@@ -403,7 +403,7 @@ def answers(url: str) -> bool:
 
 
 def d4rl_path(task: str) -> str:
-    """Where the file of a task is, below D4RL's root."""
+    """Path of a task's file below D4RL's root."""
     robot, quality = strip_version(task).split("-", 1)
     if robot in EVALUATION_ENVS:
         return f"gym_mujoco_v2/{robot}_{quality.replace('-', '_')}-v2.hdf5"
@@ -420,14 +420,14 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
         start = file.read(512)
     if start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
         raise UserError(f"{path} is a web page, not a dataset: download it again")
-    with explained(f"{path} is no HDF5 or NPZ file, or a damaged one"):
+    with explained(f"{path} is not an HDF5 or NPZ file, or is damaged"):
         if path.suffix.lower() == ".npz":
             return read_npz(path)
         return read_hdf5(path)
 
 
 def most_bytes(path: Path) -> int:
-    """What the arrays of a file may claim; measurements are not compressed by more than this."""
+    """Largest size of a file's arrays; measurements are not compressed by more than 20."""
     return max(MAX_BYTES, 20 * path.stat().st_size)
 
 
@@ -459,7 +459,7 @@ def read_hdf5(path: Path) -> dict[str, np.ndarray]:
             part = hdf5_part(file, name)
             if isinstance(part, h5py.Dataset):
                 if part.dtype.kind == "O":
-                    raise ValueError(f"{name} is no array of numbers")
+                    raise ValueError(f"{name} is not an array of numbers")
                 claimed += claimed_bytes(part)
                 parts[name] = part
         if claimed > most_bytes(path):
@@ -473,7 +473,7 @@ def hdf5_part(group: h5py.Group, name: str) -> h5py.Dataset | h5py.Group:
         raise ValueError(f"{name} is a link")
     part = group[name]
     if isinstance(part, h5py.Dataset) and (part.external or part.is_virtual):
-        raise ValueError(f"{name} has content of another file")
+        raise ValueError(f"{name} has its content in another file")
     return part
 
 
@@ -488,7 +488,7 @@ def claimed_bytes(part: h5py.Dataset) -> int:
 
 
 def claimed_by_group(group: h5py.Group, depth: int = 0) -> int:
-    """Of everything in a group, which Minari reads whole."""
+    """Memory of everything in a group, because Minari reads all of it."""
     if depth > 8:
         raise ValueError("groups are nested too deeply")
     total = 0
@@ -504,8 +504,8 @@ def claimed_by_group(group: h5py.Group, depth: int = 0) -> int:
 def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray], Path, dict]:
     """Raw arrays, folder and facts of a Minari dataset, local or downloaded.
 
-    Its episodes are known by construction: `episode_ends` marks their last rows. It is scored
-    by its own reference returns, if it has them.
+    Minari stores episodes, so their last rows are known: `episode_ends` marks them. The dataset
+    is scored by its own reference returns, if it has them.
     """
     if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", dataset_id):
         raise UserError(f"--env {dataset_id}: a Minari id looks like mujoco/hopper/medium-v0")
@@ -515,7 +515,7 @@ def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray],
     with explained(f"Minari cannot load {dataset_id}"):
         folder = get_dataset_path(dataset_id) / "data"
         if not folder.is_dir():
-            if not answers(MINARI_HUB):  # Minari's own download would wait for ever
+            if not answers(MINARI_HUB):  # Minari's own download would wait forever
                 raise UserError(
                     f"{dataset_id} is not among the local Minari datasets, and {MINARI_HUB}"
                     " does not answer"
@@ -526,7 +526,7 @@ def load_minari(dataset_id: str, need_env: bool) -> tuple[dict[str, np.ndarray],
             # Minari builds the environment to find them, so it must be one that we would build
             spec = env_spec(metadata["env_spec"])
             if spec.kwargs != json.loads(metadata["env_spec"])["kwargs"]:
-                raise ValueError("it has no spaces and an environment with a render mode")
+                raise ValueError("it stores no spaces, and its environment has a render mode")
         for path in folder.glob("*.hdf5"):
             with h5py.File(path, "r") as file:
                 if claimed_by_group(file) > most_bytes(path):
@@ -589,7 +589,7 @@ def minari_arrays(dataset) -> dict[str, np.ndarray]:
         columns["rewards"].append(episode.rewards)
         columns["terminals"].append(episode.terminations)
         columns["timeouts"].append(episode.truncations)
-        columns["next_observations"].append(obs[1:])  # the last one is the true one
+        columns["next_observations"].append(obs[1:])  # the true one at the end, too
         columns["episode_ends"].append(last)
     return {name: np.concatenate(parts) for name, parts in columns.items()}
 
@@ -609,7 +609,7 @@ def flatten(space: gym.Space, obs) -> np.ndarray:
 
 
 def check_arrays(raw: dict[str, np.ndarray], path: Path) -> None:
-    """Says in one sentence what is wrong with the raw arrays; [N, 1] columns become [N]."""
+    """Ends the program if something is wrong with the raw arrays; turns [N, 1] columns into [N]."""
     missing = [name for name in ARRAYS if name not in raw]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: it must hold {', '.join(ARRAYS)}")
@@ -641,7 +641,7 @@ def check_arrays(raw: dict[str, np.ndarray], path: Path) -> None:
             row = np.argwhere(~finite)[0][0]
             raise UserError(f"{path}: {name} has NaN or infinity in row {row}")
     if not rows or rows[0] < 2:
-        raise UserError(f"{path}: not one whole episode, for there are {rows[0]} rows")
+        raise UserError(f"{path}: there is no whole episode in {rows[0]} rows")
 
 
 def check_widths(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
@@ -657,7 +657,7 @@ def check_widths(raw: dict[str, np.ndarray], facts: dict, path: Path) -> None:
 
 
 def check_same_box(dataset_id: str, data: dict, env: dict) -> None:
-    """Data that were recorded in other bounds than the environment's would be rescaled wrongly."""
+    """Ends the program if data and environment have different bounds: rescaling would be wrong."""
     for side in ("act_low", "act_high"):
         same_size = len(data[side]) == len(env[side])
         if not same_size or not np.allclose(data[side], env[side], rtol=1e-5, atol=1e-6):
@@ -668,7 +668,7 @@ def check_same_box(dataset_id: str, data: dict, env: dict) -> None:
 
 
 def check_actions(actions: np.ndarray, facts: dict, path: Path) -> None:
-    """Actions may leave their box by rounding alone."""
+    """Ends the program if actions leave their box by more than rounding."""
     low = np.asarray(facts["act_low"])
     high = np.asarray(facts["act_high"])
     actions = actions.astype(np.float64)
@@ -692,15 +692,15 @@ def check_actions(actions: np.ndarray, facts: dict, path: Path) -> None:
 def to_transitions(
     raw: dict[str, np.ndarray], max_step: float | None = None
 ) -> tuple[dict[str, np.ndarray], dict]:
-    """D4RL's Q-learning view (d4rl.qlearning_dataset) and the counts that describe the file.
+    """Transitions as in d4rl.qlearning_dataset, and the counts that describe the file.
 
-    A timeout is not a terminal. Without next_observations the next observation is the following
-    row's, so rows cut by a timeout and the last row are dropped; at a terminal it is another
-    episode's first, which not_done = 0 hides. max_step drops rows that jump farther in x and y,
-    the first two of an observation, as AntMaze-v0 does not mark where its episodes begin.
+    A timeout is not a terminal. Without next_observations, the next observation is that of the
+    following row, so the last row and rows cut by a timeout are dropped. At a terminal it belongs
+    to another episode, which not_done = 0 hides. AntMaze-v0 does not mark where episodes begin, so
+    rows are dropped that move by more than max_step in x and y, the first two observed numbers.
 
-    Flags end trajectories, and so does a row that is dropped. Where next_observations show that
-    rows follow each other, one that does not begin where the row before it ended is a start.
+    A trajectory ends at a flag and before a dropped row. With next_observations, it also ends
+    where the next row does not continue it, unless that is so for most rows.
     """
     obs = raw["observations"]
     num_rows = len(obs)
@@ -747,14 +747,14 @@ def to_transitions(
         step = np.linalg.norm(arrays["obs"][1:] - arrays["next_obs"][:-1], axis=1)
         unflagged = ~ends[:-1]
         breaks = unflagged & (step > 1e-6)
-        if breaks.sum() <= unflagged.sum() / 2:  # else the two are measured differently
+        if breaks.sum() <= unflagged.sum() / 2:  # else the two columns are measured differently
             ends[:-1] |= breaks
             if not timeout.any():  # cut episodes were not flagged
                 stop[kept[:-1][breaks]] = True
             if breaks.any():
                 ends_from = f"flags and {breaks.sum():,} rows that the next one does not follow"
     if "timeouts" not in raw:
-        ends_from = "terminals alone, as there are no timeouts: a cut episode runs into the next"
+        ends_from = "terminals alone, as there are no timeouts: a cut episode continues in the next"
         if "next_observations" in raw:
             ends_from = (
                 f"terminals and {stop.sum() - terminal.sum():,} rows that the next one does not"
@@ -789,7 +789,7 @@ def to_transitions(
 
 
 def describe(info: dict) -> str:
-    """What every run prints first: which data this is, and where the policy is evaluated."""
+    """What every run prints first: its data, and where its policy is evaluated."""
     names = ["rows", "dropped", "transitions", "trajectories", "episodes", "terminals", "timeouts"]
     if info["jumps"]:
         names.append("jumps")
@@ -807,27 +807,27 @@ def describe(info: dict) -> str:
     if info["ends_from"] != "flags":
         lines.append(f"            ends of trajectories from {info['ends_from']}")
     if info["box"] == "assumed":
-        lines.append("actions     taken to be in [-1, 1]: no environment is known that says more")
+        lines.append("actions     assumed to be in [-1, 1]: no environment is known")
     else:
         lines.append(f"actions     {box_text(info)}, the box of the {info['box']}")
     if info["act_used"] < 0.55:
         lines.append(
-            f"            they fill at most {100 * info['act_used']:.0f} % of it: if they were"
-            " recorded in other units, rescale them first"
+            f"            they fill at most {100 * info['act_used']:.0f} % of it; rescale them"
+            " first if they were recorded in other units"
         )
     lines.append(f"evaluation  {info['evaluation']} ({versions})")
     if info["env"] and info["halved_margins"]:
         lines.append(
-            "            geom margins halved: MuJoCo 3.5 and later add those of two geoms, where"
-            " D4RL's took the larger"
+            "            geom margins halved, because MuJoCo adds those of two geoms since 3.5;"
+            " D4RL's took the larger one"
         )
     if int(info["versions"]["mujoco"].split(".")[0]) > 3:
         lines.append(
             f"warning     MuJoCo {info['versions']['mujoco']} is newer than the one in"
-            " requirements.txt: Hopper agrees with it, the ant of AntMaze nearly"
+            " requirements.txt: Hopper is the same in it, the ant of AntMaze nearly"
         )
     if not info["preset"]:
-        lines.append("preset      none for this task: the defaults of --help")
+        lines.append("preset      none for this task: it has the defaults of --help")
     return "\n".join(lines)
 
 
@@ -848,7 +848,7 @@ def size_text(sizes: dict[str, int]) -> str:
 
 
 def import_module_of(env: str) -> str:
-    """MODULE:NAME, as Gymnasium has it, imports the module that registers NAME; returns NAME.
+    """Imports the module of MODULE:NAME, Gymnasium's notation, and returns NAME.
 
     Only for what the user typed: nothing is imported because a file or a checkpoint says so.
     """
@@ -862,7 +862,7 @@ def import_module_of(env: str) -> str:
 def task_facts(env: str, need_env: bool = True) -> dict:
     """Environment, sizes, action bounds and reference returns of a task or a Gymnasium id.
 
-    The user typed it: of MODULE:NAME the module is imported.
+    It was typed by the user, so the module of MODULE:NAME is imported.
     """
     import_module_of(env)
     robot = d4rl_robot(env)
@@ -887,15 +887,15 @@ def task_facts(env: str, need_env: bool = True) -> dict:
         if find_spec(env_id.split(":")[-1]) is None:
             near = ", ".join(difflib.get_close_matches(env, [*TASKS, *gym.registry])) or "none"
             raise UserError(
-                f"--env {env} is no task and no Gymnasium id (near it: {near}); --no-eval trains"
-                " without an environment"
+                f"--env {env} is neither a task nor a Gymnasium id (similar: {near}); --no-eval"
+                " trains without an environment"
             )
         known, _ = environment_facts(facts, trial=True)
         return {**facts, **known}
 
-    # no evaluation, but the bounds of actions are the environment's wherever one is known
+    # no evaluation, but if the environment is known, the bounds of actions are its own
     if find_spec(env_id.split(":")[-1]) is not None:
-        with contextlib.suppress(UserError):  # such as one with other actions than a box
+        with contextlib.suppress(UserError):  # such as one whose actions are not a box
             known, _ = environment_facts(facts, trial=False)
             for name in ("act_low", "act_high", "box"):
                 facts[name] = known[name]
@@ -904,9 +904,9 @@ def task_facts(env: str, need_env: bool = True) -> dict:
 
 
 def environment_facts(info: dict, trial: bool) -> tuple[dict, dict[str, int]]:
-    """Facts about an environment that was built, and the sizes of its observation's entries.
+    """Builds an environment; returns facts about it and the sizes of its observation's entries.
 
-    trial: whether to reset it and to take one step, so that what fails then fails at load.
+    trial: whether to reset it and to take one step, so that a failure shows at load.
     """
     with build_env(info) as env:
         name = env.spec.id
@@ -949,8 +949,8 @@ def action_bounds(space: gym.Space, owner: str) -> tuple[np.ndarray, np.ndarray]
             return space.low, space.high
     text = " ".join(str(space).split())[:200]
     raise UserError(
-        f"{owner}: the action space is {text}, but only bounded boxes will do: a vector of floats"
-        " with low < high in each entry"
+        f"{owner}: the action space is {text}, but only bounded boxes can be used: a vector of"
+        " floats with low < high in each entry"
     )
 
 
@@ -980,8 +980,8 @@ def find_spec(name: str) -> gym.envs.registration.EnvSpec | None:
 def env_spec(env: str) -> gym.envs.registration.EnvSpec:
     """`info["env"]` is a Gymnasium id or, from Minari, the JSON of an environment's specification.
 
-    It can come out of somebody's file, and an entry point is code: only what is registered here
-    is built, and a module of MODULE:NAME must have been imported before.
+    It can come from somebody else's file, and an entry point is code. So only what is registered
+    here is built, and the module of MODULE:NAME must have been imported before.
     """
     if env.startswith("{"):
         return stored_spec(env)
@@ -1022,8 +1022,8 @@ def stored_spec(text: str) -> gym.envs.registration.EnvSpec:
         )
     if wrappers:
         raise UserError(
-            f"environment {name:.80} has wrappers of its own, which are not built from data:"
-            " register the wrapped environment under a name, or train with --no-eval"
+            f"environment {name:.80} has wrappers of its own, and these are not built from"
+            " data: register the wrapped environment under a name, or train with --no-eval"
         )
     if limit is not None:
         if type(limit) is not int or not 1 <= limit <= MAX_EPISODE_STEPS:
@@ -1039,7 +1039,7 @@ def stored_spec(text: str) -> gym.envs.registration.EnvSpec:
             if re.search(r"[/\\:~]|^\.|\.[A-Za-z]\w*$", string):
                 raise UserError(
                     f"environment {name:.80}: its argument {key:.80} names the file or module"
-                    f" {string:.80}, which is not loaded because data say so"
+                    f" {string:.80}; data cannot make this program load it"
                 )
         spec.kwargs[key] = value
     skip = spec.kwargs.get("frame_skip", 1)
@@ -1065,9 +1065,9 @@ def strings_in(value) -> list[str]:
 class AntMaze(ant_v5.AntEnv):
     """D4RL's AntMaze-v2 over Gymnasium's ant: observation qpos [15] and qvel [14], no goal.
 
-    The origin is the start, x goes with the columns of the maze and y with its rows. Within 0.5 m
-    of the goal, which each reset draws anew in its cell, the reward is 1 and the episode is over.
-    Everywhere else the reward is 0.
+    The origin is the start; x runs along the columns of the maze and y along its rows. Each reset
+    draws the goal anew in its cell. Within 0.5 m of it the reward is 1 and the episode is over;
+    everywhere else the reward is 0.
     """
 
     def __init__(self, maze: str, **kwargs):
@@ -1075,7 +1075,7 @@ class AntMaze(ant_v5.AntEnv):
         walls = []
         for i, row in enumerate(MAZES[maze].split()):
             for j, cell in enumerate(row):
-                places[cell] = np.array([j, i])  # x with the columns, y with the rows
+                places[cell] = np.array([j, i])  # x by column, y by row
                 if cell == "#":
                     walls.append(places[cell])
         start = places["R"]
@@ -1118,21 +1118,21 @@ class AntMaze(ant_v5.AntEnv):
 for maze in MAZES:
     env_id = f"D4RLAntMaze-{maze}-v2"
     steps = 700 if maze == "umaze" else 1000
-    if env_id not in gym.registry:  # a program's module and `common` are two modules
+    if env_id not in gym.registry:  # this file can be imported twice, as program and as `common`
         gym.register(env_id, AntMaze, max_episode_steps=steps, kwargs={"maze": maze})
 
 
 def adds_margins() -> bool:
-    """Whether this MuJoCo adds the margins of two geoms; before 3.5 the larger one counted."""
+    """Whether this MuJoCo adds the margins of two geoms; before 3.5 it took the larger one."""
     major, minor = re.findall(r"\d+", mujoco.__version__)[:2]
     return (int(major), int(minor)) >= (3, 5)
 
 
 @contextlib.contextmanager
 def without_notices() -> Iterator[None]:
-    """Hides that something is old: Gymnasium says it of -v4, MuJoCo of HalfCheetah's model.
+    """Hides deprecation notices: Gymnasium's about -v4, MuJoCo's about HalfCheetah's model.
 
-    MuJoCo would also write MUJOCO_LOG.TXT into the current folder, at each building.
+    MuJoCo would also write MUJOCO_LOG.TXT into the current folder at each build.
     """
 
     def show(message: str) -> None:
@@ -1150,13 +1150,13 @@ def without_notices() -> Iterator[None]:
 
 
 def build_env(info: dict, **kwargs) -> gym.Env:
-    """The environment as it is registered, with D4RL's contacts where the task is D4RL's."""
+    """The environment as it is registered, with D4RL's contacts if the task is D4RL's."""
     if info["env"] is None:
         raise UserError("there is no environment to evaluate in: the run was made with --no-eval")
     spec = env_spec(info["env"])
     with explained(f"Gymnasium cannot make {spec.id}"), without_notices():
         env = gym.make(spec, **kwargs)
-    model = getattr(env.unwrapped, "model", None)  # a checkpoint can claim D4RL's contacts anywhere
+    model = getattr(env.unwrapped, "model", None)  # a checkpoint can claim the contacts for any
     if info.get("d4rl_contacts") and adds_margins() and hasattr(model, "geom_margin"):
         model.geom_margin[:] *= 0.5
     return env
@@ -1192,8 +1192,8 @@ def evaluate(act: Callable, info: dict, episodes: int, seed: int) -> dict[str, n
     """Plays whole episodes side by side, with one call of `act` per step for all of them.
 
     act: observations [E, S] -> actions [E, A] in [-1, 1]. Episode i is reset with seed + i and
-    counts until its first end. torch's random numbers depend on `seed` alone and are left as
-    they were. Returns return [E], episode_length [E] and, where there are reference returns,
+    counts until its first end. torch's random numbers depend on `seed` alone, and its generator
+    is left as it was. Returns return [E], episode_length [E] and, if there are reference returns,
     normalized_score [E].
     """
     envs = gym.vector.SyncVectorEnv([lambda: make_env(info)] * episodes)
@@ -1244,19 +1244,19 @@ class Options:
 
     # checkpoint.pt of a run, or the folder of the run
     checkpoint: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
-    # with a run: a task or Gymnasium id to evaluate in instead; without: the dataset to describe
+    # with a run: task or Gymnasium id to evaluate in, if not its own; without: dataset to describe
     env: str | None = None
     # where the dataset comes from, as in the scripts; None means auto
     data: str | None = None
     # episodes to play; None means as many as the training played at its end
     episodes: int | None = None
-    # seed of the first episode; None means the episodes that the training played at its end
+    # seed of the first episode; None repeats the episodes that the training played at its end
     seed: int | None = None
-    # file (.mp4, .mkv, .mov, .avi) to film one episode into; nothing else is done
+    # film one episode into this file (.mp4, .mkv, .mov, .avi), and do nothing else
     video: Path | None = None
-    # script of the algorithm; None means the one beside common.py
+    # script of the algorithm; None means the one in the folder of common.py
     script: Path | None = None
-    # CUDA if available
+    # auto takes CUDA if there is a GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -1297,7 +1297,7 @@ def main(argv: list[str] | None = None) -> dict[str, np.ndarray] | None:
         total = record_video(policy, info, options.video, seed)
         print(f"film        {options.video}: {policy.calls} steps, return {total:.2f}, seed {seed}")
         if options.episodes is not None:
-            print("            one episode alone: --episodes has no effect beside --video")
+            print("            only one episode: --episodes has no effect with --video")
         return None
 
     limit = env.spec.max_episode_steps
@@ -1312,7 +1312,7 @@ def main(argv: list[str] | None = None) -> dict[str, np.ndarray] | None:
 
 
 def check_options(options: Options) -> None:
-    """Ends the program where options contradict each other, or cannot be met."""
+    """Ends the program if options contradict each other or cannot be met."""
     if options.checkpoint is None:
         if options.env is None:
             raise UserError("name a run to evaluate, or a dataset to describe with --env")
@@ -1320,7 +1320,7 @@ def check_options(options: Options) -> None:
             if getattr(options, name) is not None:
                 raise UserError(f"--{name} needs a checkpoint")
     elif options.data is not None:
-        raise UserError("--data names a dataset to describe; a checkpoint needs none")
+        raise UserError("--data names a dataset to describe: leave it out with a checkpoint")
     if options.episodes is not None and options.episodes < 1:
         raise UserError(f"--episodes {options.episodes}: must be at least 1")
     if options.seed is not None and not 0 <= options.seed < 2**31:
@@ -1345,7 +1345,7 @@ def read_checkpoint(path: Path) -> dict:
     except PermissionError:
         raise UserError(f"{path} cannot be read: you lack the permission") from None
     except Exception:  # whatever PyTorch raises on other people's files
-        raise UserError(f"{path} is not a checkpoint, or a damaged one") from None
+        raise UserError(f"{path} is not a checkpoint, or is damaged") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is not a checkpoint of a run")
     for key, kind in CHECKPOINT_FORM.items():
@@ -1353,7 +1353,7 @@ def read_checkpoint(path: Path) -> dict:
             raise UserError(f"{path} is not a checkpoint of a run: it lacks {key}")
     info = checkpoint["info"]
     for key in ("env", "ref_min", "ref_max"):
-        info.setdefault(key)  # a script can have had another load_dataset
+        info.setdefault(key)  # the script may have used another load_dataset
     references = [info.get("ref_min"), info.get("ref_max")]
     scored = all(isinstance(reference, int | float) for reference in references)
     if not isinstance(info.get("env"), str | None) or not (scored or references == [None, None]):
@@ -1389,8 +1389,8 @@ def stored_args(checkpoint: dict, script: ModuleType) -> object:
     unknown = ", ".join(sorted(str(name) for name in stored if name not in known))
     if unknown:
         raise UserError(
-            f"the checkpoint is of another version of {script.__file__}: it has arguments that do"
-            f" not exist here ({unknown})"
+            f"the checkpoint is from another version of {script.__file__}: it has arguments that"
+            f" do not exist here ({unknown})"
         )
     return script.Args(**{**stored, "compile": False})
 
@@ -1450,7 +1450,7 @@ def trained_version(package: str, info: dict) -> str:
 
 
 def print_versions(trained: dict) -> None:
-    """The versions of now beside those of the training."""
+    """Prints the versions now and in the training."""
     print(f"versions    {'':12}{'now':16}training")
     for package in VERSIONS:
         now = running_version(package)
@@ -1460,7 +1460,7 @@ def print_versions(trained: dict) -> None:
 
 
 def mujoco_notes(env: gym.Env, trained: dict, info: dict) -> list[str]:
-    """A sentence for each way in which MuJoCo's version makes the environment another one.
+    """One sentence for each way in which another MuJoCo changes the environment.
 
     trained: the checkpoint's info; info: that of the evaluation.
     """
@@ -1472,7 +1472,7 @@ def mujoco_notes(env: gym.Env, trained: dict, info: dict) -> list[str]:
     then = (int(then[1]), int(then[2]))
     now = (int(now[1]), int(now[2]))
     notes = []
-    # Of two margins the larger counts before 3.5, their sum from 3.5 on.
+    # Before 3.5 the larger of two margins counts, from 3.5 on their sum.
     then_d4rl = then < (3, 5) or bool(trained.get("d4rl_contacts"))
     now_d4rl = now < (3, 5) or bool(info.get("d4rl_contacts"))
     has_margins = model.geom_margin.any()
@@ -1556,11 +1556,11 @@ def render(env: gym.Env) -> np.ndarray:
 
 
 def describe_dataset(env: str, data: str) -> None:
-    """Prints what `load_dataset` says, the spaces, and a histogram of the returns."""
+    """Prints what `load_dataset` says, the range of observations and a histogram of the returns."""
     try:
         arrays, _ = load_dataset(env, data)
     except UserError as error:
-        if strip_version(env) in TASKS:  # which always have an environment
+        if strip_version(env) in TASKS:  # a task always has an environment
             raise
         arrays, _ = load_dataset(env, data, need_env=False)
         print(f"            {str(error).removeprefix('error: ')}")
@@ -1572,7 +1572,7 @@ def describe_dataset(env: str, data: str) -> None:
 def print_returns(rew: np.ndarray, ends: np.ndarray) -> None:
     """Prints the returns of the trajectories, as numbers and as a histogram of ten lines.
 
-    A row that `load_dataset` drops, such as one cut by a timeout, is missing in them.
+    Rows that `load_dataset` drops, such as those cut by a timeout, do not count.
     """
     starts = np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1])
     returns = np.add.reduceat(rew.astype(np.float64), starts)
@@ -1589,7 +1589,7 @@ def print_returns(rew: np.ndarray, ends: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    import common  # as the scripts see it; this file, the program, is another module
+    import common  # the module that the scripts import, not this program's
 
     try:
         common.main()

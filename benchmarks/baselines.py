@@ -1,15 +1,15 @@
-"""BC, TD3+BC and IQL of the library d3rlpy on the scripts' data and by their evaluation.
+"""Trains BC, TD3+BC and IQL of the library d3rlpy on the scripts' data, with their evaluation.
 
     pip install -r benchmarks/requirements-d3rlpy.txt && pip install --no-deps d3rlpy==2.8.1
     python benchmarks/baselines.py td3_bc --env hopper-medium --seed 0
     python benchmarks/baselines.py iql --env antmaze-umaze --expectile 0.9 --temperature 10 \\
         --reward-transform minus_one
 
-Settings are d3rlpy's own. td3_bc and iql: its reproductions of Fujimoto and Gu (2021) and of
-Kostrikov et al. (2022), with batches of 256, Adam steps of 3e-4, and observations that are
-standardised (td3_bc), or an actor's step that falls to zero by a cosine (iql). bc: the defaults of
-its BCConfig, a deterministic actor by squared error, with batches of 100 and an Adam step of 1e-3.
-All networks have two hidden layers of 256. Folders and files are those of the scripts, but a run
+Settings are d3rlpy's own. td3_bc and iql are its reproductions of Fujimoto and Gu (2021) and of
+Kostrikov et al. (2022), with batches of 256 and Adam step sizes of 3e-4. td3_bc standardises the
+observations; in iql the actor's step size falls to zero by a cosine. bc has the defaults of
+d3rlpy's BCConfig: a deterministic actor, squared error, batches of 100, an Adam step size of 1e-3.
+All networks have two hidden layers of 256. Folders and files are as in the scripts, but a run
 cannot be resumed.
 """
 
@@ -52,20 +52,20 @@ METRICS = {
 @dataclass
 class Args:
     algorithm: Annotated[Literal["bc", "td3_bc", "iql"], tyro.conf.Positional]
-    env: str = "hopper-medium"  # task, Minari id or, with a file as data, any Gymnasium id
+    env: str = "hopper-medium"  # D4RL task, Minari id or, with a file as --data, Gymnasium id
     data: str = "auto"  # auto, d4rl, minari, bundled, or the path of a file in D4RL's layout
     seed: int = 0  # seed of initialisation, batches and noise; evaluation has its own
-    total_steps: int = 500_000  # updates, also the length of the cosine of IQL's actor
+    total_steps: int = 500_000  # updates, and length of the cosine of IQL's actor
     eval_every: int = 5_000  # updates between evaluations
     eval_episodes: int = 10  # episodes per evaluation
-    final_episodes: int = 100  # episodes that score the last policy
-    log_every: int = 1_000  # updates between log rows, which show the newest minibatch
+    final_episodes: int = 100  # episodes that the last policy is scored on
+    log_every: int = 1_000  # updates between log rows; each shows the newest minibatch
     run_dir: str = "runs"  # root folder of all runs
-    # 1000 r / (range of trajectory returns), r - 1, or r; by default return_range for iql and none
-    # for the others
+    # return_range: 1000 r / (range of trajectory returns); minus_one: r - 1; none: r; the default
+    # is return_range for iql and none for the others
     reward_transform: Literal["return_range", "minus_one", "none"] | None = None
-    alpha: float = 2.5  # td3_bc: weight of the normalised Q beside the squared error
-    expectile: float = 0.7  # iql: tau of the value's expectile regression
+    alpha: float = 2.5  # td3_bc: weight of the normalised Q against the squared error
+    expectile: float = 0.7  # iql: tau, the expectile that V learns
     temperature: float = 3.0  # iql: beta, inverse temperature of the actor's weights
 
 
@@ -110,9 +110,8 @@ def main(argv: list[str] | None = None) -> dict:
     if args.reward_transform is None:
         args.reward_transform = "return_range" if args.algorithm == "iql" else "none"
 
-    # data: the loader's transitions as they are. d3rlpy's MDPDataset takes the next observation
-    # from the following row, and where a timeout has cut an episode the loader has dropped that
-    # row.
+    # data: the loader's transitions as they are, not d3rlpy's MDPDataset. That takes the next
+    # observation from the following row, which the loader has dropped at a timeout.
     arrays, info = load_dataset(args.env, args.data, need_env=True)
     info["versions"]["d3rlpy"] = d3rlpy.__version__
     obs = arrays["obs"]
@@ -190,7 +189,7 @@ def main(argv: list[str] | None = None) -> dict:
     }
     for name in ("return", "normalized_score"):
         values = [row[f"eval/{name}"] for row in log.rows if f"eval/{name}" in row]
-        if values:  # there is no normalized score without reference returns
+        if values:  # a task without reference returns has no normalized score
             result[f"{name}_last_5"] = mean(values[-5:])
             result[f"{name}_best"] = max(values)
     final = evaluate(algo.predict, info, args.final_episodes, FINAL_SEED)

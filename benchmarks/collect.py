@@ -1,4 +1,4 @@
-"""Make offline datasets in the D4RL layout: train SAC, keep what it saw, roll it out.
+"""Makes offline datasets in the D4RL layout: trains SAC, keeps what it saw, rolls it out.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/collect.py --env hopper --quality medium-replay medium  # files in collected/
@@ -13,23 +13,23 @@ Qualities, after D4RL (Fu et al., arXiv:2004.07219):
                   --medium-return
   expert          episodes of the snapshot with the best evaluation within --total-steps
   medium-expert   rows/2 of each, medium first
-All policies act as SAC trained them, by sampling; evaluation samples too, so --medium-return
-speaks about the data.
+All policies sample their actions, as in SAC's training. Evaluation samples, too, so that
+--medium-return is about the data.
 
     python benchmarks/collect.py --env pointmaze-umaze --rows 200000 \\
         --minari-id local/pointmaze/umaze-v0
 
-A maze has one quality, play, and nothing is trained: from random places a controller pushes a
-point along the shortest way to random cells, with noise, and does not know the goal, which gives
-reward 1 and ends the episode. Evaluation begins in the cell farthest from the goal. Mazes are
-written for Minari only, because files in D4RL's layout do not carry their environments.
+A maze has one quality, play, and nothing is trained. From random places a noisy controller pushes
+a point along the shortest way to random cells. It does not know the goal, which gives reward 1 and
+ends the episode. Evaluation begins in the cell farthest from the goal. Mazes are written for Minari
+only, because files in D4RL's layout do not carry their environments.
 
 Files hold observations, actions, rewards (float32), terminals, timeouts (bool), one row per step.
 Only whole episodes are written: each ends in a terminal or in a timeout, never in both. The
 attributes record how the file was made. These are not the D4RL files, and a score on them is not a
 D4RL score.
 
-Everything may be killed and started again with the same command: training goes on from its last
+Everything can be killed and continued with the same command. Training goes on from its last
 snapshot with the same result as without the break, and finished files are left alone.
 """
 
@@ -95,33 +95,33 @@ class Args:
     quality: tuple[Quality, ...] = ("medium-replay", "medium")
     """one or more datasets to make, all from one training run"""
     rows: int = 1_000_000
-    """least rows of a rolled-out file, which ends with the episode that reaches it"""
+    """minimum rows of a rolled-out file, which ends with the episode that reaches them"""
     out: Path = Path("collected")
     """folder of the files, named <env>-<quality>.hdf5"""
     minari_id: str | None = None
     """also write a local Minari dataset of this id, e.g. local/hopper/medium-v0; one --quality"""
     work_dir: Path = Path("runs/collect")
-    """folder of the snapshots; a training run is found again in <work-dir>/<env>/seed<seed>"""
-    # which snapshot is what
+    """folder of the snapshots; those of a training run are in <work-dir>/<env>/seed<seed>"""
+    # snapshots
     medium_return: float | None = None
     """mean return that makes a snapshot "medium"; by default that of D4RL's file"""
     eval_episodes: int = 20
     """episodes per evaluation of a snapshot"""
     snapshot_every: int = 5_000
-    """environment steps between snapshots, which wait for the end of the episode"""
+    """environment steps between snapshots; each waits for the end of the episode"""
     total_steps: int = 300_000
-    """environment steps of training, to the next snapshot; medium stops when it is reached"""
+    """environment steps of training, up to the next snapshot; medium stops once it is reached"""
     # Soft Actor-Critic
     seed: int = 0
     """seed of training, evaluation and rollouts"""
     learning_rate: float = 3e-4
-    """of actor, critics and temperature (Adam)"""
+    """Adam step size of actor, critics and temperature"""
     hidden: tuple[int, ...] = (128, 128)
     """widths of the hidden ReLU layers of actor and critics"""
     batch_size: int = 256
     """transitions per update"""
     discount: float = 0.99
-    """gamma"""
+    """discount factor gamma"""
     tau: float = 0.005
     """rate of the target critics"""
     learning_starts: int = 1_000
@@ -133,8 +133,7 @@ class Args:
 class BehaviourSAC(SAC):
     """SAC that collects a whole episode, then makes one update per `steps_per_update` of its steps.
 
-    Training in whole episodes lets every snapshot fall between two episodes, so a resumed run cuts
-    none.
+    Every snapshot thus falls between two episodes, and a resumed run cuts none.
     """
 
     steps_per_update: int
@@ -144,7 +143,7 @@ class BehaviourSAC(SAC):
 
 
 def fail(message: str) -> None:
-    """End the program with one sentence and exit code 1."""
+    """Ends the program with one sentence and exit status 1."""
     sys.exit(f"error: {message}")
 
 
@@ -185,8 +184,8 @@ def rollout(
 ) -> Rows:
     """Whole episodes of the sampling policy until there are `min_episodes` and `min_rows`.
 
-    Episodes run in parallel so that one network call serves all, and are kept in the order in
-    which they *started*: keeping them in the order in which they end would favour short ones.
+    Episodes run in parallel, so that one network call serves all. They are kept in the order in
+    which they *started*; the order in which they end would favour short ones.
     With a label there is a progress bar.
     """
     parallel = min(20, max(min_episodes, min_rows // 100 + 1))
@@ -246,7 +245,7 @@ def load_replay(folders: list[Path]) -> Rows:
 
 
 def train(args: Args, work: Path, until_medium: bool) -> None:
-    """Train SAC until the medium policy or for `total_steps`, a folder per `snapshot_every` steps.
+    """Trains SAC until the medium policy or for `total_steps`, a folder per `snapshot_every` steps.
 
     A folder <steps>/ holds the model with its optimisers, the transitions since the snapshot
     before, and the score. It appears under its name only when complete. Environment and random
@@ -282,8 +281,8 @@ def train(args: Args, work: Path, until_medium: bool) -> None:
 
 def load_or_make_model(args: Args, work: Path, env: gym.Env) -> BehaviourSAC:
     """The newest snapshot with its replay buffer, or an untrained model."""
-    # The buffer never wraps, for it is the replay dataset; the last episode may pass the last
-    # snapshot.
+    # The buffer is the replay dataset, so it must never wrap; the last episode can go beyond the
+    # last snapshot.
     capacity = args.total_steps + args.snapshot_every + env.spec.max_episode_steps
     folders = list(snapshots(work, args.total_steps))
     if folders:
@@ -335,7 +334,7 @@ def save_snapshot(args: Args, work: Path, model: BehaviourSAC, first: int) -> fl
 
 
 def training_recipe(args: Args) -> dict[str, object]:
-    """All that decides what the training run does; a run is only continued with the same recipe."""
+    """All that determines the training run, which is only continued with the same recipe."""
     recipe = {
         "algorithm": "SAC, stable-baselines3, automatic temperature",
         "env_id": EVALUATION_ENVS[args.env],
@@ -364,7 +363,7 @@ def training_recipe(args: Args) -> dict[str, object]:
 def collect(args: Args, quality: str, work: Path) -> tuple[Rows, dict[str, object]]:
     """The rows of one dataset and a record of the snapshots they come from.
 
-    Trains first where that is still to do.
+    Trains first if that is not done yet.
     """
     train(args, work, until_medium=quality in ("medium", "medium-replay"))
     scores = snapshots(work, args.total_steps)
@@ -416,7 +415,7 @@ def write_hdf5(path: Path, rows: Rows, attributes: dict[str, object]) -> None:
     with h5py.File(part, "w") as file:
         for key, dtype in DTYPES.items():
             data = rows[key].astype(dtype)
-            # one column to a chunk: its values change smoothly, which makes the file 7 % smaller
+            # a chunk has one column, whose values change smoothly: the file is 7 % smaller
             chunks = (min(len(data), 16_384), *[1] * (data.ndim - 1))
             file.create_dataset(
                 key, data=data, chunks=chunks, compression="gzip", compression_opts=9, shuffle=True
@@ -460,8 +459,8 @@ def write_minari(
     home = get_dataset_path()
     if namespace and namespace not in list_local_namespaces():
         create_namespace(namespace)
-    # Minari writes in place under the final name; a folder of its own until then keeps half a
-    # dataset out of sight
+    # Minari writes in place under the final name; a temporary folder keeps half a dataset out of
+    # sight until it is complete
     with (
         warnings.catch_warnings(action="ignore"),
         tempfile.TemporaryDirectory(prefix=".collect", dir=home) as part,
@@ -534,7 +533,7 @@ def make_mazes(name: str) -> tuple[gym.Env, gym.Env, set[Cell]]:
 
 
 def play(env: gym.Env, free: set[Cell], rng: np.random.Generator, seed: int) -> EpisodeBuffer:
-    """One episode: a noisy spring pulls the point from cell to cell, to one after the other."""
+    """One episode: a noisy spring pulls the point to one random cell after the other."""
     maze = env.unwrapped.maze
     cells = []  # the way that is left
     over = False
@@ -572,9 +571,9 @@ def distance(maze, cell: Cell, position: np.ndarray) -> float:
 
 
 def make_maze(args: Args) -> None:
-    """A Minari dataset of wandering.
+    """Makes a Minari dataset of wandering.
 
-    Also says how often the same wandering reaches the goal from where evaluation begins.
+    Also prints how often the same wandering reaches the goal from the start of evaluation.
     """
     if get_dataset_path(args.minari_id).exists():
         fail(f"{args.minari_id} exists: choose another --minari-id, or remove it")
@@ -614,7 +613,7 @@ def typed_command() -> str:
 
 
 def file_recipe(args: Args, quality: str) -> str:
-    """All that decides what is in a file."""
+    """All that determines the contents of a file."""
     rule = {"quality": quality}
     if quality == "full-replay":
         rule["total_steps"] = args.total_steps
@@ -641,7 +640,7 @@ def stored_recipes(args: Args, path: Path) -> dict[str, str | None]:
 
 
 def make(args: Args, quality: str, work: Path) -> None:
-    """Make those files of one quality that do not exist yet."""
+    """Makes those files of one quality that do not exist yet."""
     recipe = file_recipe(args, quality)
     path = args.out / f"{args.env}-{quality}.hdf5"
     found = stored_recipes(args, path)
@@ -684,7 +683,7 @@ def make(args: Args, quality: str, work: Path) -> None:
 
 
 def check_args(args: Args) -> None:
-    """Ends the program where an argument is out of range or missing."""
+    """Ends the program if an argument is out of range or missing."""
     if args.env in MAZES and args.minari_id is None:
         fail(f"--env {args.env} needs --minari-id, e.g. local/{args.env.replace('-', '/')}-v0")
     valid = {
@@ -719,7 +718,7 @@ def main(args: Args) -> None:
         return
     if args.medium_return is None:
         args.medium_return = MEDIUM_RETURNS[args.env]
-    # The networks are too small to gain from more, and one thread makes the result repeatable.
+    # One thread makes the result repeatable, and the networks are too small to gain from more.
     torch.set_num_threads(1)
     work = args.work_dir / args.env / f"seed{args.seed}"
     recipe = training_recipe(args)

@@ -1,11 +1,11 @@
-"""Kills a training again and again, resumes it, and compares it with one that nobody disturbed.
+"""Kills a training again and again, resumes it, and compares it with an undisturbed one.
 
     python benchmarks/faults.py dac --kills 50
 
 SIGKILL comes at random moments: in every stage, while evaluating, while saving. A run that has no
-checkpoint yet starts anew, the others go on with --resume. Where all that they leave is not the
-same to the bit, wall-clock times excepted, the exit status is 1. The runs are small and use the
-bundled sample and one thread of a CPU. Linux only.
+checkpoint yet starts anew, the others go on with --resume. The exit status is 1 unless all that
+they leave, except wall-clock times, is equal bit for bit. The runs are small and use the bundled
+sample and one thread of a CPU. Linux only.
 """
 
 import csv
@@ -47,18 +47,18 @@ STAGES = {  # n: updates of each stage
         " --constraint dual"
     ),
 }
-# functions that tell where a run is
+# functions that show what a run is doing
 PLACES = {"save": "saving", "evaluate": "evaluating", "update": "updating"}
 TIMES = {"seconds", "time/updates_per_s"}  # what may differ
 
 
 @dataclass
 class Args:
-    script: Annotated[Literal["dac", "qdq", "cped"], tyro.conf.Positional]  # whose runs
-    kills: int = 50  # SIGKILLs, spread over as many runs as it takes
+    script: Annotated[Literal["dac", "qdq", "cped"], tyro.conf.Positional]  # whose runs are killed
+    kills: int = 50  # number of SIGKILLs, over as many runs as needed
     steps: int = 1_000  # updates of each stage of a run
     checkpoint_minutes: float = 0.003  # minutes between checkpoints of a run
-    seed: int = 0  # of the random moments
+    seed: int = 0  # seed of the random moments
 
 
 def run_flags(args: Args) -> str:
@@ -70,7 +70,7 @@ def run_flags(args: Args) -> str:
 def start(script: str, folder: Path, flags: str) -> multiprocessing.Process:
     """The script's main in a process of its own, with the folder as its working directory.
 
-    It writes to folder/output and, on SIGUSR1, where it is to folder/trace.
+    It prints to folder/output; on SIGUSR1 it writes its stack to folder/trace.
     """
 
     def child() -> None:
@@ -81,7 +81,7 @@ def start(script: str, folder: Path, flags: str) -> multiprocessing.Process:
         sys.modules[script].main(flags.split())
 
     folder.mkdir(exist_ok=True)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for a child that has not come to register it
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for a child that has not registered it yet
     with (folder / "trace").open("w") as trace, (folder / "output").open("a") as output:
         process = FORK.Process(target=child)
         process.start()
@@ -89,7 +89,7 @@ def start(script: str, folder: Path, flags: str) -> multiprocessing.Process:
 
 
 def resume_flags(folder: Path) -> str | None:
-    """How the run below a folder goes on; None where it has no checkpoint."""
+    """Flags that continue the run below a folder; None if it has no checkpoint."""
     for path in folder.glob("runs/hopper-medium/*/*/checkpoint.pt"):
         return f"--resume {path.parent.relative_to(folder)}"
     return None
@@ -98,7 +98,7 @@ def resume_flags(folder: Path) -> str | None:
 def kill_and_compare(args: Args, folder: Path) -> list[str]:
     """Kills and resumes runs until all kills are used up.
 
-    Returns in what they differ from an undisturbed run.
+    Returns how they differ from an undisturbed run.
     """
     flags = run_flags(args)
     begun = time.monotonic()
@@ -133,7 +133,7 @@ def kill_and_compare(args: Args, folder: Path) -> list[str]:
 
 
 def end(process: multiprocessing.Process, folder: Path) -> str:
-    """Kills a run; returns where it was and which checkpoint it left."""
+    """Kills a run; returns what it was doing and which checkpoint it left."""
     os.kill(process.pid, signal.SIGUSR1)
     time.sleep(0.01)
     process.kill()

@@ -1,4 +1,4 @@
-"""Draws the authors' DAC beside ours, and ours with the published ten critics.
+"""Draws the authors' DAC beside ours, and ours with ten critics, as published.
 
 python benchmarks/fidelity.py    # two-critics.svg and ten-critics.svg in results/fidelity
 """

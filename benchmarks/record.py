@@ -1,11 +1,11 @@
-"""Keeps finished runs: their curves, one table and one picture, small enough for git.
+"""Records finished runs as curves, a table and a picture, small enough for git.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/record.py runs/hopper-medium/dac/seed0-* --out benchmarks/results/dac-150k
 
-Writes for each run <task>-<name>-seed<k>.csv (its metrics) and .json (its arguments), where the
-name is the run's label or else its algorithm; and for all of them results.csv, which report.py
-reads, and curves.svg. A README.md beside them is where report.py's links lead.
+For each run it writes <task>-<name>-seed<k>.csv (its metrics) and .json (its arguments); the name
+is the run's label or else its algorithm. For all runs it writes results.csv, which report.py
+reads, and curves.svg. report.py links to the folder if there is a README.md in it.
 """
 
 import csv
@@ -29,13 +29,13 @@ LOGARITHMIC = ("train/eta", "train/lagrange")
 class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders that hold a result.json
     out: Path = Path("benchmarks/results/new")  # folder to write
-    # one per run, '' for the algorithm's name: what the run is called in reports, e.g. cloning-dac
+    # names of the runs in reports, one each, such as cloning-dac; '' means the algorithm's name
     labels: tuple[str, ...] = ()
     panels: tuple[str, ...] = PANELS  # columns of metrics.csv that are drawn
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """Rows of metrics.csv with figures of six digits."""
+    """Rows of metrics.csv, with six significant digits."""
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:

@@ -1,14 +1,14 @@
-"""Finished runs beside the published scores: tables, intervals, learning curves on one page.
+"""Puts finished runs on one page: tables beside published scores, intervals, learning curves.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/report.py benchmarks/results --out benchmarks/REPORT.md
 
-Takes run folders, tables written by sweep.py or record.py, and folders that hold some: run folders
-or, where there are none, tables named results.csv. Writes the page and, in a folder beside it that
-is named after it, its tables as CSV and its pictures.
+It takes run folders, tables written by sweep.py or record.py, and folders above them; in these it
+reads the run folders or, if there are none, the tables named results.csv. It writes the page and,
+in a folder beside it with the page's name, the tables as CSV and the pictures.
 D4RL, bundled, own and Minari data never share a table or a picture, and only D4RL's stand beside
-published scores. Runs are seeds of one row if they have one name and record, and their arguments
-differ in nothing else.
+published scores. Runs are seeds of one row if they have the same name and record, and differ only
+in the seed and the other arguments listed in SAME.
 """
 
 import csv
@@ -33,11 +33,11 @@ from scipy.stats import bootstrap, trim_mean
 
 from common import TASKS, strip_version
 
-KINDS = {  # first part of a dataset's id: heading, and what a reader must know
+KINDS = {  # first part of a dataset's id: heading and warning
     "d4rl": (
         "D4RL",
-        "D4RL's own files, by checksum; evaluated in Gymnasium, close to D4RL's simulator but not"
-        " bitwise it.",
+        "D4RL's own files, by checksum; evaluated in Gymnasium, which is close to D4RL's simulator"
+        " but not identical.",
     ),
     "bundled": (
         "Bundled samples",
@@ -50,26 +50,26 @@ KINDS = {  # first part of a dataset's id: heading, and what a reader must know
     ),
     "minari": (
         "Minari",
-        "Scores by a dataset's own reference returns, raw returns where it has none: not D4RL"
+        "Scores by the dataset's own reference returns, or raw returns if it has none: not D4RL"
         " scores.",
     ),
 }
-INTRODUCTION = """Made by `benchmarks/report.py`. **Mean of last five** is the mean of the last five
-evaluations of a run, of all where there are fewer, as DAC's paper has it. **Last policy** is the
-policy at the end of a run over final episodes of its own (in runs from before there were any: its
-last evaluation). **Best** is the best evaluation, picked with hindsight. A column of episodes
+INTRODUCTION = """Made by `benchmarks/report.py`. **Mean of last five** is the mean of a run's last
+five evaluations, or of all if there are fewer; DAC's paper reports the same. **Last policy** is the
+policy at the end of a run, over final episodes of its own (in older runs without them: its last
+evaluation). **Best** is the best evaluation, picked with hindsight. A column of episodes
 belongs to the column before it and counts all seeds together. ± is the population standard
-deviation over seeds, as in the papers; behind the last policy of a single seed it is the standard
+deviation over seeds, as in the papers; for the last policy of a single seed it is the standard
 error over its episodes. Square brackets are 95 % bootstrap intervals over seeds; with fewer than
-five seeds they are too narrow. The name in brackets behind an algorithm leads to the commands that
+five seeds they are too narrow. The name in brackets behind an algorithm links to the commands that
 made its row."""
 PUBLISHED = """What the papers print, on D4RL's own data: **no row above can be compared with
-these**. Sources are in `published.csv`. A version in brackets is that of the row where it is not
-the column's."""
+these**. Sources are in `published.csv`. A version in brackets is the row's, where it is not the
+column's."""
 BESIDE = """Ours in bold, then the papers' own rows; their sources are in `published.csv`.
-A version in brackets is that of the published row where it is not the column's."""
-TOO_FEW = """Too few runs: aggregates need two algorithms with two seeds each on the same tasks,
-three or more, with normalised scores."""
+A version in brackets is the published row's, where it is not the column's."""
+TOO_FEW = """Too few runs: aggregates need two algorithms with two seeds each on at least three
+common tasks with normalised scores."""
 # Arguments in which the runs of one row may differ. The policy's updates are compared instead of
 # stop_after.
 SAME = {"env", "data", "seed", "device", "compile", "run_dir", "resume", "quick", "log_every"}
@@ -80,7 +80,7 @@ SAME |= {"checkpoint_minutes", "checkpoint_every", "stop_after", "flow", "consis
 class Args:
     # tables of sweep.py or record.py, run folders, or folders above them
     sources: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    out: Path = Path("benchmarks/REPORT.md")  # page to write
+    out: Path = Path("benchmarks/REPORT.md")  # the page to write
     reps: int = 2000  # bootstrap samples per interval
 
 
@@ -96,7 +96,7 @@ class Place(NamedTuple):
 
 
 def read(source: Path) -> list[dict]:
-    """The runs of a source, as rows.py has them, with what the page says of each."""
+    """The runs of a source, as rows.py reads them, with their scores for the page."""
     if not source.exists():
         sys.exit(f"error: {source} does not exist")
     folders = [result.parent for result in sorted(source.rglob("result.json"))]
@@ -134,9 +134,9 @@ def name_of(run: dict) -> str:
 
 
 def arrange(runs: list[dict]) -> tuple[dict[Place, dict[str, list[dict]]], list[str]]:
-    """{place: {label: runs by seed}}, and in words what was left out.
+    """{place: {label: runs by seed}}, and a sentence for each run that is left out.
 
-    A label names what tells rows apart.
+    A label has the arguments in which rows differ.
     """
     families = defaultdict(list)
     left_out = []
@@ -202,7 +202,7 @@ def interquartile_mean(*samples: np.ndarray, axis: int) -> np.ndarray:
 
 
 def optimality_gap(*samples: np.ndarray, axis: int) -> np.ndarray:
-    """Mean of what is missing to 100."""
+    """Mean shortfall from 100."""
     missing = 100 - np.concatenate(samples, axis=axis)
     return missing.clip(min=0).mean(axis=axis)
 
@@ -355,9 +355,9 @@ def published_tables(rows: list[dict], columns: list[str], path: Path | None = N
 
 
 def aggregates(places: dict, colours: dict[str, tuple], folder: Path, kind: str, reps: int) -> str:
-    """Statistics over the tasks on which at least two algorithms have two seeds.
+    """Statistics over the tasks, at least three, on which two algorithms have two seeds.
 
-    Algorithms that have two seeds on all of these tasks are in; of three tasks or more.
+    They include the algorithms that have two seeds on all of these tasks.
     """
     shared = []
     for place, by_label in places.items():
@@ -494,8 +494,8 @@ def section(kind: str, places: dict, args: Args, folder: Path) -> list[str]:
 def main(args: Args) -> None:
     if not args.sources or args.reps < 100 or args.out.suffix != ".md":
         sys.exit(
-            "error: needed are tables or run folders, an .md file for --out, and --reps of 100"
-            " or more"
+            "error: needed are tables or run folders, an .md file as --out, and --reps of at"
+            " least 100"
         )
     plt.switch_backend("svg")
     matplotlib.rcParams["font.size"] = 8
@@ -514,7 +514,7 @@ def main(args: Args) -> None:
     page = ["# Results", INTRODUCTION]
     if "d4rl" not in by_kind:
         page.append(
-            "No run on D4RL's own files so far: the papers' scores stand apart, at the end."
+            "There is no run on D4RL's own files yet; the papers' scores stand apart, at the end."
         )
     for kind in [*KINDS, *sorted(by_kind.keys() - KINDS.keys())]:
         if kind in by_kind:

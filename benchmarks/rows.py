@@ -1,8 +1,8 @@
-"""Result rows: what sweep.py and record.py keep of a finished run, and what report.py reads.
+"""Result rows: sweep.py and record.py write one for each finished run, and report.py reads them.
 
 A table is a CSV file with one row per run. The arguments of a run are a JSON file beside the
-table, which the row names. Scores are normalised where the task has reference returns; elsewhere
-they are returns. Figures have six digits.
+table, which the row names. Scores are normalised if the task has reference returns; else they are
+returns. Numbers have six significant digits.
 """
 
 import csv
@@ -24,7 +24,7 @@ from root import ROOT
 SCRIPTS = ("dac", "qdq", "cped")
 COLUMNS = (
     "algorithm",
-    "label",  # name of the row in reports, where the algorithm's does not say enough
+    "label",  # name of the row in reports, if the algorithm's is not enough
     "env",
     "seed",
     "dataset",
@@ -45,7 +45,7 @@ COLUMNS = (
     "cpu",  # from here to threads: the machine that ended the run, if a sweep started it
     "cores",
     "threads",
-    "commit",  # the one whose script and common.py are those of the run
+    "commit",  # whose script and common.py are those of the run
     "command",  # makes the run again; paths of data are file names only
     "arguments",  # path of the JSON file, from the table's folder
 )
@@ -57,7 +57,7 @@ PATHS = ("data", "run_dir", "resume", "flow", "consistency")  # arguments that a
 
 
 def read_json(path: Path) -> dict:
-    """Nothing where the file is missing, or was cut off by the end of a run."""
+    """Empty if the file is missing, or was cut off when a run died."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -65,7 +65,7 @@ def read_json(path: Path) -> dict:
 
 
 def output(*command: str) -> str:
-    """What a command prints; nothing where it fails or does not exist."""
+    """What a command prints; empty if it fails or does not exist."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return done.stdout.strip()
@@ -83,7 +83,7 @@ def policy_updates(args: dict) -> int:
 
 
 def read_run(folder: Path, label: str = "") -> dict:
-    """The row of a finished run, with its arguments under "args"; one sentence if it is broken."""
+    """The row of a finished run, with its arguments under "args"; exits if the run is broken."""
     try:
         result = json.loads((folder / "result.json").read_text())
         facts = json.loads((folder / "args.json").read_text())
@@ -135,7 +135,7 @@ def make_row(folder: Path, label: str, result: dict, facts: dict, metrics: list[
 
 
 def commit_of(sha256: dict[str, str]) -> str:
-    """The newest commit that has these files, {name: SHA-256}; empty where there is none."""
+    """The newest commit that has these files, {name: SHA-256}; empty if there is none."""
     paths = {}
     for name, digest in sha256.items():
         paths[name if (ROOT / name).exists() else f"benchmarks/{name}"] = digest
@@ -153,7 +153,7 @@ def sha256_at(commit: str, path: str) -> str:
 
 
 def command_of(algorithm: str, args: dict) -> str:
-    """The shortest command with these arguments; defaults, preset and --quick say the rest."""
+    """The shortest command with these arguments: it omits those of defaults, preset and --quick."""
     if algorithm not in SCRIPTS:
         return ""
     script = importlib.import_module(algorithm)
@@ -230,7 +230,7 @@ def decode(row: dict[str, str], table: Path) -> dict:
 
 
 def split(text: str, table: Path) -> list[dict[str, str]]:
-    """The rows of a table's text that are whole: a crash can have cut off the last one."""
+    """The complete rows of a table's text: a crash can have cut off the last one."""
     whole = text[: text.rfind("\n") + 1]
     reader = csv.DictReader(io.StringIO(whole, newline=""))
     if reader.fieldnames and tuple(reader.fieldnames) != COLUMNS:
@@ -257,7 +257,7 @@ def write_table(table: Path, runs: list[dict]) -> None:
 
 
 def append(table: Path, run: dict) -> bool:
-    """Adds a row to a table, unless it has that run at that update; says whether it did.
+    """Adds a row to a table unless it has that run at that update; returns whether it did.
 
     A last row that a crash has cut off is removed first.
     """

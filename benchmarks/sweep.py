@@ -1,13 +1,13 @@
-"""Algorithms x tasks x seeds on Ray: each job is the plain command and leaves one row.
+"""Runs algorithms x tasks x seeds on Ray: each job is a script's command and adds one row.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/sweep.py --envs hopper-medium --seeds 0 1 2 --flags="--data bundled --quick"
     python benchmarks/sweep.py --envs hopper-medium --address 10.0.0.1:6379 --gpus 0.25
 
-A job that ends badly is tried again from its last checkpoint, at most --retries times. After
-Ctrl-C or a crash the same command goes on: finished runs are left alone, half-done ones resumed.
-A run is a job's if its args.json has the job's arguments. With a larger --stop-after the runs of
-an earlier sweep go on.
+A job that fails is tried again from its last checkpoint, at most --retries times. After Ctrl-C or
+a crash the same command goes on: finished runs are left alone, unfinished ones are resumed. A run
+belongs to a job if its args.json has the job's arguments. With a larger --stop-after the runs of
+an earlier sweep are continued.
 The machines of a cluster need this repository, its Python packages, the data and --run-dir under
 the same paths.
 """
@@ -38,7 +38,7 @@ from rich.table import Column, Table
 from root import ROOT
 from rows import append, policy_updates, read_json, read_run, read_table
 
-# How a run is made, not what is run: arguments in which a run may differ from its job.
+# Arguments in which a run may differ from its job.
 FREE = ("resume", "run_dir", "flow", "consistency", "device", "compile")
 FREE += ("log_every", "checkpoint_minutes", "stop_after")
 
@@ -47,22 +47,22 @@ FREE += ("log_every", "checkpoint_minutes", "stop_after")
 class Args:
     envs: tuple[str, ...]  # tasks
     algorithms: tuple[Literal["dac", "qdq", "cped"], ...] = ("dac", "qdq", "cped")  # scripts
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the runs
-    # for all scripts, written with an equals sign: --flags="--stop-after 30000"; {env} in it stands
-    # for the task, and a path with * for the newest that fits
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # seeds of the runs
+    # flags for all scripts, given with an equals sign: --flags="--stop-after 30000"; {env} in it
+    # stands for the task, and a path with * for the newest match
     flags: str = ""
-    dac_flags: str = ""  # for dac.py alone
-    qdq_flags: str = ""  # for qdq.py alone
-    cped_flags: str = ""  # for cped.py alone
-    # name of the rows in reports, by default the algorithm's; {algorithm} in it stands for that
+    dac_flags: str = ""  # flags for dac.py alone
+    qdq_flags: str = ""  # flags for qdq.py alone
+    cped_flags: str = ""  # flags for cped.py alone
+    # name of the rows in reports, by default the algorithm's, for which {algorithm} stands in it
     label: str = ""
     run_dir: Path = Path("runs")  # root folder of all runs and logs
     results: Path | None = None  # table with a row per finished run; default results.csv in run_dir
-    # HOST:PORT of a running Ray cluster, or auto; by default Ray is started here.
-    # RAY_AUTH_MODE=token if it wants Ray's token
+    # HOST:PORT of a running Ray cluster, or auto; by default Ray is started here; a cluster with
+    # Ray's token needs RAY_AUTH_MODE=token
     address: str | None = None
-    cpus: float = 1  # CPU cores per job, which are also its threads
-    # GPUs per job, 0.25 for four jobs on each; by default 1 where there is one
+    cpus: float = 1  # CPU cores, and so threads, per job
+    # GPUs per job, 0.25 for four jobs on each; by default 1 if there is a GPU
     gpus: float | None = None
     retries: int = 2  # attempts after the first
 
@@ -87,7 +87,7 @@ class Job(NamedTuple):
 
 
 def plan(args: Args) -> list[Job]:
-    """All jobs, seed by seed; mistakes in the flags are found here, before anything runs."""
+    """All jobs, seed by seed; finds mistakes in the flags before anything runs."""
     jobs = []
     triples = itertools.product(args.seeds, args.envs, args.algorithms)
     for seed, env, algorithm in dict.fromkeys(triples):
@@ -97,18 +97,18 @@ def plan(args: Args) -> list[Job]:
         for flag in shlex.split(text.replace("{env}", env)):
             flags.append(max(glob.glob(flag), default=flag) if "*" in flag else flag)
         if any(flag.split("=")[0] == "--resume" for flag in flags):
-            sys.exit("error: --resume is the sweep's own, not for --flags")
+            sys.exit("error: --resume is set by the sweep, not by --flags")
         own = ["--env", env, "--seed", str(seed), "--run-dir", str(args.run_dir)]
         resolved, _ = script.parse_args([*own, *flags])
         if (resolved.env, resolved.seed, resolved.run_dir) != (env, seed, str(args.run_dir)):
-            sys.exit("error: --env, --seed and --run-dir are the sweep's own, not for --flags")
+            sys.exit("error: --env, --seed and --run-dir are set by the sweep, not by --flags")
         arguments = json.loads(json.dumps(asdict(resolved)))
         jobs.append(Job(algorithm, env, seed, args.run_dir, flags, arguments))
     return jobs
 
 
 def belongs(stored: dict, job: Job) -> bool:
-    """Whether arguments from an args.json are those of a job, or of a shorter run like it."""
+    """Whether arguments from an args.json are a job's, or those of a shorter run like it."""
     for name, value in job.args.items():
         if name not in FREE and stored.get(name, value) != value:
             return False
@@ -116,7 +116,7 @@ def belongs(stored: dict, job: Job) -> bool:
 
 
 def find_run(job: Job) -> tuple[Path | None, bool]:
-    """The folder of a job's run and whether it is finished; or else of the newest to go on from."""
+    """The folder of a job's finished run, or else of the newest to resume; whether it is finished."""
     newest = None
     for path in sorted(job.log.parent.glob(f"seed{job.seed}-*/args.json")):
         folder = path.parent
@@ -135,7 +135,7 @@ def find_run(job: Job) -> tuple[Path | None, bool]:
 
 
 def machine() -> dict[str, str | int | None]:
-    """Columns about this machine; threads is what Ray makes of the CPU share."""
+    """Columns about this machine; Ray sets the threads by the CPU share."""
     cpu = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -146,7 +146,7 @@ def machine() -> dict[str, str | int | None]:
 
 
 def command(job: Job, run: Path | None) -> list[str]:
-    """What is typed for a job; beside --resume, the flags that may change are typed again."""
+    """The command of a job; with --resume, too, it has the flags that may change."""
     words = [sys.executable, str(ROOT / f"{job.algorithm}.py")]
     words += ["--env", job.env, "--seed", str(job.seed), *job.flags, "--run-dir", str(job.run_dir)]
     if run is not None:  # a shorter run has stored an earlier end
@@ -161,7 +161,7 @@ def attempt(job: Job, cwd: Path) -> None:
     os.chdir(cwd)  # the sweep's: paths in flags are relative to it
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("a") as log:
-        # Held by the command, too: two sweeps never write to one run folder.
+        # The command holds this lock, too, so two sweeps never write to one run folder.
         fcntl.flock(log, fcntl.LOCK_EX)
         run, finished = find_run(job)
         if finished:
@@ -195,7 +195,7 @@ def record(job: Job, label: str, table: Path) -> None:
 
 
 def last_line(log: Path) -> str:
-    """The newest state of a progress bar, or the sentence in which a run has ended."""
+    """The newest state of a progress bar, or the last sentence of a run."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         text = file.read().decode(errors="replace")
@@ -215,7 +215,7 @@ def start_ray(address: str | None) -> None:
             socket.create_connection((host, port), timeout=5).close()
         where = address or "local"
         ray.init(where, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:  # of many kinds; on a machine that is too busy a bare Exception
+    except Exception as error:  # of many kinds; on a busy machine a bare Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         where = f"at --address {address} cannot be used" if address else "cannot be started here"
         sys.exit(f"error: Ray {where} ({reason:.200}); the same command tries again")
@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv, description=__doc__)
     table = args.results or args.run_dir / "results.csv"
     if table.exists():
-        read_table(table)  # a table that does not fit is better known before the first run
+        read_table(table)  # so that a wrong table shows before the first run
     jobs = plan(args)
     done = [job for job in jobs if find_run(job)[1]]
     todo = [job for job in jobs if job not in done]

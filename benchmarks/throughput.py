@@ -1,20 +1,20 @@
-"""How fast are the three scripts? Updates per second of every stage, eager and compiled.
+"""Measures updates per second of every stage of the three scripts, eager and compiled.
 
     python benchmarks/throughput.py                               # all: ten minutes on two cores
     python benchmarks/throughput.py --scripts cped --modes eager  # one script
     python benchmarks/throughput.py --device cuda --seconds 1     # on a GPU
 
-Random rows of the sizes of a task take the place of its dataset: the speed is the same. Each stage
-runs in a process of its own, with the published settings, by the agent's own update. Nothing else
-should run on the machine. A row of throughput.md, and a line of throughput.jsonl, in --out has
-  updates/s     median of the windows, after a warm-up, with the draws of batch and noise, without
+Random rows with a task's sizes replace its dataset; the speed is the same. Each stage runs in a
+process of its own, with the published settings and the agent's own update. Nothing else should run
+on the machine. A row of throughput.md, and a line of throughput.jsonl, in --out has
+  updates/s     median over the windows, after a warm-up; includes drawing batch and noise, but not
                 evaluation and logging
   CPU s/update  of all threads
   memory        largest resident memory of the process; on CUDA the largest allocation there
   GFLOP/update  of all matrix products, counted
-  floor         updates/s if these products alone were done, each at the speed that its shape
+  floor         updates/s if only these products were computed, each at the speed that its shape
                 reaches here by itself
-  share         updates/s by floor
+  share         updates/s divided by floor
 """
 
 import importlib
@@ -53,21 +53,21 @@ STAGES = {
     "cped": ("flow", "policy"),
 }
 ROWS = 100_000  # of the random dataset
-CYCLE = 10  # updates after which everything that is delayed has moved as often as on average
+CYCLE = 10  # updates after which all delayed parts have moved as often as on average
 COLUMNS = ("script", "stage", "mode", "updates/s", "CPU s/update", "memory, MB")
 COLUMNS += ("GFLOP/update", "floor, updates/s", "share")
 
 
 @dataclass
 class Args:
-    scripts: tuple[Literal["dac", "qdq", "cped"], ...] = ("dac", "qdq", "cped")  # which to measure
-    modes: tuple[Literal["eager", "compile"], ...] = ("eager", "compile")  # of each
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
-    task: str = "hopper-medium"  # its preset is measured
-    obs_dim: int = 11  # sizes of its observations
-    act_dim: int = 3  # and actions
-    windows: int = 5  # per stage
-    seconds: float = 4.0  # per window
+    scripts: tuple[Literal["dac", "qdq", "cped"], ...] = ("dac", "qdq", "cped")  # what to measure
+    modes: tuple[Literal["eager", "compile"], ...] = ("eager", "compile")  # modes of each
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA if there is a GPU
+    task: str = "hopper-medium"  # task whose preset is measured
+    obs_dim: int = 11  # size of its observations
+    act_dim: int = 3  # size of its actions
+    windows: int = 5  # windows per stage
+    seconds: float = 4.0  # seconds per window
     evaluation: bool = True  # also time an evaluation of ten episodes of 1,000 steps
     out: Path = ROOT / "benchmarks" / "results"  # folder of throughput.md and throughput.jsonl
 
@@ -107,7 +107,7 @@ def make_agent(script: str, obs_dim: int, act_dim: int, task: str, compiled: boo
 
 
 def make_step(script: str, stage: str, compiled: bool, args: Args, device: str) -> Callable:
-    """One update of a stage with the draw of its batch, when all of its parts are at work."""
+    """One update of a stage, batch included, when all of its parts are active."""
     module = importlib.import_module(script)
     agent = make_agent(script, args.obs_dim, args.act_dim, args.task, compiled, device)
     columns = {
@@ -137,7 +137,7 @@ def make_step(script: str, stage: str, compiled: bool, args: Args, device: str) 
 
 
 def first_update(agent, script: str, stage: str) -> int:
-    """Number of an update in which the stage has all of its parts."""
+    """Number of an update in which all parts of the stage are active."""
     if script == "dac":
         return agent.args.actor_target_start
     begin = 0

@@ -1,13 +1,13 @@
-"""Does QDQ's uncertainty mean anything? A figure and a table of a run whose student is finished.
+"""Tests QDQ's uncertainty: a figure and a table of a run whose student is finished.
 
     python benchmarks/uncertainty.py runs/hopper-medium/qdq/seed0-20260101-120000
 
 1. H at the data's actions, at these plus noise of growing size, and at uniform random actions.
 2. Rank correlation of H between two independent draws of its 50 samples, within each group.
 3. Spread of the teacher's samples (EDM's Heun sampler, 18 noise levels) against the student's, at
-   the same pairs.
+   the same pairs of state and action.
 4. Mean of the student's samples against the truncated return of windows that begin halfway between
-   two training windows: pairs that no network has seen, but from the same trajectories.
+   two training windows. No network has seen these pairs, but they are from the same trajectories.
 
 Writes uncertainty-DATASET.png, .md and .json into --out.
 """
@@ -37,12 +37,12 @@ NOISES = (0.1, 0.3, 1.0)
 @dataclass
 class Args:
     run: Annotated[Path, tyro.conf.Positional]  # run folder of qdq.py
-    data: str | None = None  # dataset, by default as in the run
+    data: str | None = None  # dataset, by default that of the run
     out: Path = ROOT / "benchmarks" / "results"  # folder of the figure and the table
-    rows: int = 2_000  # pairs per group
-    samples: int = 50  # returns per pair
+    rows: int = 2_000  # pairs of state and action per group
+    samples: int = 50  # sampled returns per pair
     teacher_levels: int = 18  # noise levels of the teacher's sampler
-    seed: int = 0  # of pairs and noise
+    seed: int = 0  # seed of pairs and noise
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -130,7 +130,7 @@ def measure(agent: qdq.QDQ, arrays: dict, args: Args) -> tuple[dict, dict]:
         row["sampled_return"] = float(first.mean())
         if name == "data":
             figure["draws"] = (h, other)
-        else:  # the share of states where H is above that of the data's action: 0.5 means nothing
+        else:  # share of states where H exceeds that of the data's action: 0.5 says nothing
             row["above_data"] = float((h > figure["h"]["data"]).mean())
         table[name] = row
 

@@ -276,9 +276,9 @@ def with_value(value, row=7):
         (broken("terminals", lambda a: a.astype("S1")), "terminals has type .S1"),
         (
             make_raw() | {"terminals": np.zeros(600, bool), "timeouts": np.zeros(600, bool)},
-            "not one whole episode",
+            "there is no whole episode",
         ),
-        (make_raw(rows=0), "not one whole episode"),
+        (make_raw(rows=0), "there is no whole episode"),
         (
             make_raw() | {"actions": np.float32(1)},
             "actions has type float32 and shape .., but it must have two dimensions",
@@ -323,7 +323,7 @@ def test_a_pickle_inside_npz_is_not_run(tmp_path):
     [
         ("hoper-medium", "auto", "did you mean hopper-medium"),
         ("hopper-medium-v1", "auto", "hopper-medium"),
-        ("hopper-medium", "nowhere", "neither auto, d4rl, minari or bundled"),
+        ("hopper-medium", "nowhere", "must be auto, d4rl, minari, bundled, or"),
         ("mujoco/hopper", "auto", "a Minari id looks like"),
         ("hopper-medium", "minari", "not among the local|a Minari id looks like|cannot load"),
     ],
@@ -336,9 +336,9 @@ def test_wrong_names_get_one_sentence(env, data, message, monkeypatch, tmp_path)
 
 
 def test_a_file_without_a_known_environment(dataset):
-    with pytest.raises(UserError, match=r"no task and no Gymnasium id .*Hopper-v"):
+    with pytest.raises(UserError, match=r"neither a task nor a Gymnasium id .*Hopper-v"):
         load_dataset("Hoper-v4", str(dataset))
-    with pytest.raises(UserError, match="no task and no Gymnasium id"):
+    with pytest.raises(UserError, match="neither a task nor a Gymnasium id"):
         load_dataset("antmaze-tiny", str(dataset))
     arrays, info = load_dataset("my-robot", str(dataset), need_env=False)
     assert info["env"] is None and len(arrays["obs"]) == 593
@@ -774,7 +774,7 @@ def test_a_box_is_assumed_only_where_nothing_is_known_and_that_is_said(tmp_path,
     for env in ("my-robot", "CartPole-v1"):  # one is unknown, the other has no box
         _, info = load_dataset(env, path, need_env=False)
         assert (info["act_low"], info["act_high"], info["box"]) == (-1.0, 1.0, "assumed")
-        assert "taken to be in [-1, 1]: no environment is known" in capsys.readouterr().out
+        assert "assumed to be in [-1, 1]: no environment is known" in capsys.readouterr().out
     raw = make_raw()
     raw["actions"] *= 3
     with pytest.raises(UserError, match=r"\[-1, 1\], the box that is assumed without an env"):
@@ -924,7 +924,7 @@ def test_without_timeouts_and_next_observations_terminals_alone_are_known(tmp_pa
     assert "a cut episode runs into the next" in capsys.readouterr().out
     raw["terminals"][:] = False
     np.savez(path, **raw)
-    with pytest.raises(UserError, match="not one whole episode"):
+    with pytest.raises(UserError, match="there is no whole episode"):
         load_dataset("hopper-medium", str(path))
 
 
@@ -1040,7 +1040,7 @@ def test_a_module_that_cannot_be_imported_is_one_sentence(text, tmp_path, monkey
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken_module.py").write_text(text)
     for env in ("broken_module:Own-v0", "absent_module:Own-v0", "os:Absent-v0"):
-        with pytest.raises(UserError, match=r"be imported|no task and no Gymnasium") as error:
+        with pytest.raises(UserError, match=r"be imported|neither a task nor a Gymnasium") as error:
             load_dataset(env, str(dataset))
         assert "\n" not in str(error.value)
 
@@ -1136,8 +1136,8 @@ def test_suffixes_in_any_case(suffix, tmp_path):
         ("door-cloned-v0", "try --env D4RL/door/cloned-v2"),
         ("kitchen-partial-v0", "try --env D4RL/kitchen/partial-v2"),
         ("maze2d-umaze-v1", "try --env D4RL/pointmaze/umaze-v2"),
-        ("hopper-expert-v2", "is not downloaded from here: get it, and add --data FILE.hdf5"),
-        ("Hopper-v4", "this is an environment, whose data must be named with --data FILE"),
+        ("hopper-expert-v2", "is not downloaded here: get it, and add --data FILE.hdf5"),
+        ("Hopper-v4", "this is an environment: name its data with --data FILE"),
         ("halfcheeta-medium", "did you mean halfcheetah-medium"),
     ],
 )

@@ -505,7 +505,7 @@ def test_the_program_films_hopper_and_does_nothing_else(trained, tmp_path, monke
             pytest.skip(str(error))
         raise
     out = capsys.readouterr().out
-    assert "--episodes has no effect beside --video" in out
+    assert "--episodes has no effect with --video" in out
     steps = int(re.search(r"hopper\.mp4: (\d+) steps, return", out)[1])
     with imageio.get_reader(path) as film:
         assert film.count_frames() == steps > 1
@@ -542,7 +542,7 @@ def test_one_return_alone_has_a_histogram(capsys):
 def test_a_dataset_without_an_environment(dataset, capsys):
     program("--env", "my-robot", "--data", dataset)
     out = capsys.readouterr().out
-    assert "evaluation  none" in out and "my-robot is no task and no Gymnasium id" in out
+    assert "evaluation  none" in out and "my-robot is neither a task nor a Gymnasium id" in out
     assert "of 12 trajectories" in out
     refused("does not exist", "--env", "my-robot", "--data", "absent.hdf5")
     refused("did you mean hopper-medium", "--env", "hoper-medium", "--data", "bundled")
