@@ -195,8 +195,10 @@ class Args:
     clip_target_action: bool = False  # clip the target's noisy action to [-1, 1], as TD3 does
     critic_start: int = 30_000  # the critics learn from this policy update on, counted from 0
     actor_q_start: int = 50_000  # the actor's loss has Q from this policy update on, counted from 0
-    constraint: Literal["schedule", "dual"] = "schedule"  # alpha by table, or by dual descent
-    lagrange_table: tuple[float, ...] = (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5)  # schedule: the alphas
+    # schedule: alpha from --lagrange-table; dual: alpha by dual descent
+    constraint: Literal["schedule", "dual"] = "schedule"
+    # schedule: values of the multiplier alpha, used one after the other
+    lagrange_table: tuple[float, ...] = (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5)
     # schedule: each alpha holds from this policy update on, counted from 0
     lagrange_from: tuple[int, ...] = (0, 100_001, 200_000, 300_000, 400_000, 500_001)
     # dual: epsilon is this quantile of -log L of the data in a batch; None takes the mean

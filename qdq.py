@@ -187,7 +187,7 @@ class Args:
     critic_layer_norm: bool = False  # LayerNorm before each activation of the critics
 
     # algorithm
-    sigma_data: float = 0.5  # EDM's sigma_data: assumed deviation of normalised returns
+    sigma_data: float = 0.5  # EDM's sigma_data: assumed standard deviation of normalised returns
     t_min: float = 0.002  # smallest noise level, in units of normalised returns
     t_max: float = 80.0  # largest noise level, T, at which the student is sampled
     karras_rho: float = 7.0  # rho; larger values put more noise levels near t_min

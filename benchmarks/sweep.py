@@ -116,7 +116,7 @@ def belongs(stored: dict, job: Job) -> bool:
 
 
 def find_run(job: Job) -> tuple[Path | None, bool]:
-    """The folder of a job's finished run, or else of the newest to resume; whether it is finished."""
+    """The folder of a job's finished run, or of the newest to resume; and whether it is done."""
     newest = None
     for path in sorted(job.log.parent.glob(f"seed{job.seed}-*/args.json")):
         folder = path.parent

@@ -921,7 +921,7 @@ def test_without_timeouts_and_next_observations_terminals_alone_are_known(tmp_pa
     np.savez(path, **raw)
     _, info = load_dataset("hopper-medium", str(path))
     assert info["trajectories"] == info["episodes"] == 6 and info["dropped"] == 1
-    assert "a cut episode runs into the next" in capsys.readouterr().out
+    assert "a cut episode continues in the next" in capsys.readouterr().out
     raw["terminals"][:] = False
     np.savez(path, **raw)
     with pytest.raises(UserError, match="there is no whole episode"):
