@@ -142,7 +142,7 @@ def test_the_sweeps_of_the_readme_can_be_planned():
     ],
 )
 def test_flags_that_are_the_sweeps_own_or_wrong_are_refused_before_anything_runs(folder, flags):
-    with pytest.raises(SystemExit, match=r"^error: .*(not for --flags|must be from 0)"):
+    with pytest.raises(SystemExit, match=r"^error: .*(not by --flags|must be from 0)"):
         plan(flags)
 
 
