@@ -1594,4 +1594,4 @@ def test_the_papers_values_are_flags():
     assert (maze.actor_objective, maze.gamma_ent, maze.hidden_layers) == ("awr", 1.0, 2)
     assert maze.reward_transform == "minus_one"
     quick, _ = qdq.parse_args(["--env", "antmaze-umaze", "--quick"])
-    assert (quick.gamma_ent, quick.final_episodes, quick.beta) == (64.0, 20, 0.9)
+    assert (quick.gamma_ent, quick.final_episodes, quick.beta) == (16.0, 20, 0.9)
