@@ -245,7 +245,7 @@ PRESETS = {
 # Ours, for a machine without a GPU. Narrow networks, larger steps and faster targets fit the
 # course of a long run into a few minutes: cloning first, then Q under ever smaller multipliers.
 QUICK = dict(
-    flow_steps=12_000,
+    flow_steps=24_000,
     flow_hidden_dim=128,
     flow_lr=1e-3,
     flow_lr_end=1e-5,
