@@ -47,8 +47,9 @@ EDGE = 0.6  # QDQ: no action of the data is larger
 BLUE = "#0072B2"  # samples of a model
 ORANGE = "#D55E00"  # policies
 BLACK = "black"  # plain greed
-GREY = "#999999"  # data
-TEXT = 16  # size of the captions
+GREEN = "#009E73"  # true mean
+GREY = "#999999"  # data under samples
+TEXT = 15  # size of the captions
 
 
 @dataclass
@@ -104,7 +105,7 @@ def arch_reward(act: np.ndarray) -> np.ndarray:
 
 def fall_off(reward: np.ndarray, away: np.ndarray) -> np.ndarray:
     """The reward near the data; farther away than 0.15 it falls to -1."""
-    return np.maximum(reward - 8 * np.maximum(away - 0.15, 0), -1)
+    return np.maximum(reward - 12 * np.maximum(away - 0.15, 0), -1)
 
 
 def mean_return(act: np.ndarray) -> np.ndarray:
@@ -137,7 +138,7 @@ def fitted_gaussian(rows: Tensor) -> torch.distributions.MultivariateNormal:
 def energy_line(data: Tensor, held_out: Tensor, samples: Tensor) -> tuple[str, float, float]:
     gaussian = fitted_gaussian(data).sample((HELD_OUT,))
     value = energy_distance(held_out, samples)
-    return "model: energy distance", value, energy_distance(held_out, gaussian)
+    return "energy distance", value, energy_distance(held_out, gaussian)
 
 
 def plane() -> Tensor:
@@ -187,7 +188,7 @@ def train_dac(kind: type, act: Tensor, rew: Tensor, updates: int) -> dac.DAC:
         num_next_actions=1,
         actor_lr=2e-2,
         critic_lr=3e-3,
-        eta=0.5,
+        eta=1.0,
         eta_lr=0.0,
     )
     agent = kind(0, 2, args)
@@ -207,7 +208,7 @@ def dac_row(rng: np.random.Generator, scale: float) -> Row:
     act = torch.tensor(data).float()
     rew = torch.tensor(ring_reward(data)).float()
     held_out = torch.tensor(eight_modes(rng, HELD_OUT)).float()
-    behaviour = train_dac(Behaviour, act, rew, int(4500 * scale))
+    behaviour = train_dac(Behaviour, act, rew, int(5000 * scale))
     agent = train_dac(BanditDAC, act, rew, int(3000 * scale))
     samples = diffused(behaviour)
     policy = agent.act(np.zeros((HELD_OUT, 0), np.float32))  # the evaluated one, best of ten
@@ -217,8 +218,8 @@ def dac_row(rng: np.random.Generator, scale: float) -> Row:
         energy_line(act, held_out, samples),
         ("true reward: data", float(rew.mean()), None),
         ("true reward: policy", float(ring_reward(policy).mean()), None),
-        ("true reward: greedy on Q", float(ring_reward(greedy[None])[0]), None),
-        ("learned Q: greedy on Q", float(q.max()), None),
+        ("true reward: greedy", float(ring_reward(greedy[None])[0]), None),
+        ("learned Q: greedy", float(q.max()), None),
         ("policy: share in the right mode", float((policy[:, 0] > 0).mean()), None),
     ]
     arrays = dict(data=data, samples=samples, policy=policy, q=q, greedy=greedy)
@@ -274,12 +275,12 @@ def cped_row(rng: np.random.Generator, scale: float) -> Row:
     q = agent.critic(plane()[:, :0], plane()).amin(dim=0)
     greedy = plane()[q.argmax()].numpy()
     table = [
-        ("model: held-out log-density", float(log_density), float(gaussian)),
+        ("held-out log-density", float(log_density), float(gaussian)),
         energy_line(act, held_out, samples),
         ("true reward: data", float(rew.mean()), None),
         ("true reward: policy", float(arch_reward(path[-1:])[0]), None),
-        ("true reward: greedy on Q", float(arch_reward(greedy[None])[0]), None),
-        ("learned Q: greedy on Q", float(q.max()), None),
+        ("true reward: greedy", float(arch_reward(greedy[None])[0]), None),
+        ("learned Q: greedy", float(q.max()), None),
         ("multiplier at the end", float(agent.lagrange), None),
     ]
     arrays = dict(
@@ -351,12 +352,13 @@ def qdq_row(rng: np.random.Generator, scale: float) -> Row:
     ret = data[:, 1]
     idle = 2 * torch.rand(ROWS, 1) - 1
     args = qdq.Args(
-        teacher_steps=int(1500 * scale),
-        student_steps=int(3000 * scale),
-        total_steps=int(1500 * scale),
+        teacher_steps=int(1000 * scale),
+        student_steps=int(4500 * scale),
+        total_steps=int(1000 * scale),
         teacher_lr=5e-3,
         student_lr=5e-3,
         student_tau=1.0,
+        t_max=10.0,
         grid_points=80,  # so that the first of them, next to t_max, is close to it
         num_samples=8,
         hidden_dim=128,
@@ -399,9 +401,9 @@ def qdq_row(rng: np.random.Generator, scale: float) -> Row:
         ("H: without data (action 0.9)", float(h[76]), None),
         ("true reward: data", float(ret.mean()), None),
         ("true reward: policy", float(mean_return(policy)[0]), None),
-        ("true reward: greedy on plain Q", float(mean_return(greedy)[0]), None),
+        ("true reward: greedy", float(mean_return(greedy)[0]), None),
         ("true reward: plain policy", float(mean_return(plain_policy)[0]), None),
-        ("learned Q: greedy on plain Q", float(plain_q.max()), None),
+        ("learned Q: greedy", float(plain_q.max()), None),
     ]
     arrays = dict(
         data=data,
@@ -422,18 +424,33 @@ def qdq_row(rng: np.random.Generator, scale: float) -> Row:
 
 
 def caption(panel: plt.Axes, title: str, *lines: str) -> None:
-    panel.set_title(title, fontsize=TEXT, fontweight="bold")
+    panel.set_title(title, fontsize=TEXT + 1, fontweight="bold")
     panel.set_xlabel("\n".join(lines), fontsize=TEXT)
 
 
+def fit_lines(row: Row, quantity: str, words: str) -> tuple[str, str]:
+    for name, value, gaussian in row.table:
+        if name == quantity:
+            return f"{words} {value:.3f}", f"a Gaussian: {gaussian:.3f}"
+    raise KeyError(quantity)
+
+
+def score_lines(row: Row) -> tuple[str, str]:
+    value = {quantity: value for quantity, value, _ in row.table}
+    policy = value["true reward: policy"]
+    greedy = value["true reward: greedy"]
+    data = value["true reward: data"]
+    return f"true reward {policy:.2f}", f"greedy ✕ {greedy:.2f}, data {data:.2f}"
+
+
 def dots(panel: plt.Axes, points: np.ndarray, colour: str) -> None:
-    panel.scatter(*points[:SHOWN].T, s=4, c=colour, linewidths=0)
+    panel.scatter(*points[:SHOWN].T, s=5, c=colour, linewidths=0)
 
 
-def mark(panel: plt.Axes, x: float, y: float, marker: str, colour: str) -> None:
-    size = {"*": 22, "X": 15}[marker]
-    style = dict(markersize=size, markeredgecolor="white", markeredgewidth=1.3, clip_on=False)
-    panel.plot(x, y, marker, color=colour, zorder=5, **style)
+def mark(panel: plt.Axes, x: float, y: float, marker: str) -> None:
+    size, colour = {"*": (24, ORANGE), "X": (16, BLACK)}[marker]
+    style = dict(markersize=size, markeredgecolor="white", markeredgewidth=1.3)
+    panel.plot(x, y, marker, color=colour, zorder=5, clip_on=False, **style)
 
 
 def colours(panel: plt.Axes, values: np.ndarray) -> None:
@@ -443,120 +460,118 @@ def colours(panel: plt.Axes, values: np.ndarray) -> None:
     panel.imshow(picture, cmap="cividis", vmin=-1, vmax=1.5, alpha=0.75, **box)
 
 
-def numbers(row: Row) -> dict[str, tuple[float, float | None]]:
-    return {quantity: (value, gaussian) for quantity, value, gaussian in row.table}
-
-
-def score_lines(row: Row, greedy: str, name: str) -> tuple[str, str]:
-    value = numbers(row)
-    policy = value["true reward: policy"][0]
-    other = value[f"true reward: {greedy}"][0]
-    return f"★ {policy:.2f}", f"✕ {other:.2f}"
-
-
-def in_the_plane(panel: plt.Axes) -> None:
-    panel.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal", xticks=[], yticks=[])
+def in_the_plane(panels: list[plt.Axes]) -> None:
+    for panel in panels:
+        panel.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal", xticks=[], yticks=[])
 
 
 def draw_dac(panels: list[plt.Axes], row: Row) -> None:
     data, model, belief, policy = panels
     arrays = row.arrays
-    value = numbers(row)
     truth = ring_reward(plane().numpy())
     colours(data, truth)
     dots(data, arrays["data"], BLACK)
-    caption(data, "data and true reward")
+    caption(data, "data, true reward", "a point is an action,", "bright is good")
 
     dots(model, arrays["data"], GREY)
     dots(model, arrays["samples"], BLUE)
-    distance, gaussian = value["model: energy distance"]
-    caption(
-        model, "diffusion model", f"energy distance {distance:.3f}", f"(a Gaussian: {gaussian:.3f})"
-    )
+    caption(model, "diffusion model", *fit_lines(row, "energy distance", "energy distance"))
 
     colours(belief, arrays["q"])
     up, right = np.gradient(arrays["q"].reshape(GRID, GRID))
-    axis = np.linspace(-1, 1, GRID)[8::16]
-    belief.quiver(axis, axis, right[8::16, 8::16], up[8::16, 8::16], color="white", scale=1.2)
-    mark(belief, *arrays["greedy"], "X", BLACK)
-    caption(belief, "learned Q", f"{value['learned Q: greedy on Q'][0]:.2f} at the cross")
+    some = slice(8, None, 16)
+    axis = np.linspace(-1, 1, GRID)[some]
+    belief.quiver(axis, axis, right[some, some], up[some, some], color="white", scale=1.2)
+    mark(belief, *arrays["greedy"], "X")
+    caption(belief, "learned Q", "bright beyond the data;", "its gradient guides")
 
     colours(policy, truth)
     dots(policy, arrays["policy"], ORANGE)
-    mark(policy, *arrays["greedy"], "X", BLACK)
-    caption(policy, "policy: two modes", *score_lines(row, "greedy on Q", "DAC"))
-    for panel in panels:
-        in_the_plane(panel)
+    mark(policy, *arrays["greedy"], "X")
+    caption(policy, "policy", *score_lines(row))
+    in_the_plane(panels)
 
 
 def draw_cped(panels: list[plt.Axes], row: Row) -> None:
     data, model, belief, policy = panels
     arrays = row.arrays
-    value = numbers(row)
     truth = arch_reward(plane().numpy())
     axis = np.linspace(-1, 1, GRID)
-    density = np.exp(arrays["log_density"]).reshape(GRID, GRID)
-    outside = -arrays["log_density"].reshape(GRID, GRID) - arrays["epsilon"]
+    log_density = arrays["log_density"].reshape(GRID, GRID)
     colours(data, truth)
     dots(data, arrays["data"], BLACK)
-    caption(data, "data and true reward")
+    caption(data, "data, true reward", "a point is an action,", "bright is good")
 
-    model.contourf(axis, axis, density, levels=12, cmap="Blues")
+    model.contourf(axis, axis, np.exp(log_density), levels=12, cmap="Blues")
     dots(model, arrays["data"][:200], BLACK)
-    fit, gaussian = value["model: held-out log-density"]
-    caption(model, "flow: density", f"log-density {fit:.2f}", f"(a Gaussian: {gaussian:.2f})")
+    caption(model, "density of the flow", *fit_lines(row, "held-out log-density", "log-density"))
 
     colours(belief, arrays["q"])
-    belief.contour(axis, axis, outside, levels=[0], colors="white", linewidths=2)
-    mark(belief, *arrays["greedy"], "X", BLACK)
-    caption(belief, "learned Q, allowed region", f"{value['learned Q: greedy on Q'][0]:.2f} at the cross")
+    mark(belief, *arrays["greedy"], "X")
+    caption(belief, "learned Q", "bright beyond the data;", "white: allowed region")
 
     colours(policy, truth)
-    policy.contour(axis, axis, outside, levels=[0], colors="white", linewidths=2)
     policy.plot(*arrays["path"].T, color=ORANGE, linewidth=2.5)
-    mark(policy, *arrays["path"][-1], "*", ORANGE)
-    mark(policy, *arrays["greedy"], "X", BLACK)
-    caption(policy, "policy: inside the region", *score_lines(row, "greedy on Q", "CPED"))
-    for panel in panels:
-        in_the_plane(panel)
+    mark(policy, *arrays["path"][-1], "*")
+    mark(policy, *arrays["greedy"], "X")
+    caption(policy, "policy", *score_lines(row))
+    for panel in (belief, policy):
+        edge = [-arrays["epsilon"]]
+        panel.contour(axis, axis, log_density, levels=edge, colors="white", linewidths=2.5)
+    in_the_plane(panels)
 
 
 def draw_qdq(panels: list[plt.Axes], row: Row) -> None:
     data, model, spread, policy = panels
     arrays = row.arrays
-    value = numbers(row)
     line = arrays["line"]
+    mean = mean_return(line)
+    words = dict(fontsize=TEXT - 1, ha="center")
     dots(data, arrays["data"], BLACK)
-    data.plot(line, mean_return(line), color=ORANGE, linewidth=2)
-    caption(data, "data and true mean")
+    data.plot(line, mean, color=GREEN, linewidth=3)
+    data.text(0.8, 8.3, "true\nmean", color=GREEN, **words)
+    caption(data, "data: returns", "action", "(none beyond 0.6)")
 
     dots(model, arrays["data"], GREY)
     dots(model, arrays["samples"], BLUE)
-    distance, gaussian = value["model: energy distance"]
-    caption(
-        model,
-        "consistency model",
-        f"energy distance {distance:.3f}",
-        f"(a Gaussian: {gaussian:.3f})",
-    )
+    lines = fit_lines(row, "energy distance", "energy distance")
+    caption(model, "consistency model", *lines)
 
-    spread.plot(line, arrays["h"], color=BLUE, linewidth=2.5)
-    spread.fill_between(line, 0, 6, where=arrays["h"] > arrays["threshold"], color=GREY, alpha=0.3)
-    spread.set_ylim(0, 6)
-    caption(spread, "spread H of its samples")
+    spread.plot(line, arrays["h"], color=BLUE, linewidth=3)
+    uncertain = arrays["h"] > arrays["threshold"]
+    spread.fill_between(line, 0, 8, where=uncertain, color=GREY, alpha=0.3, linewidth=0)
+    spread.text(0.55, 0.5, "Q is\nshrunk", **words)
+    spread.set_ylim(0, 7)
+    caption(spread, "spread of its samples, H", "action")
 
-    policy.plot(line, mean_return(line), color=GREY, linewidth=2)
-    policy.plot(line, arrays["plain_q"], color=BLACK, linestyle="--", linewidth=2)
-    policy.plot(line, arrays["q"], color=ORANGE, linewidth=2.5)
-    best = arrays["plain_q"].max()
-    mark(policy, arrays["greedy"][0], best, "X", BLACK)
-    height = np.interp(arrays["policy"][0], line, arrays["q"])
-    mark(policy, arrays["policy"][0], height, "*", ORANGE)
-    caption(policy, "policy", *score_lines(row, "greedy on plain Q", "QDQ"))
+    policy.plot(line, mean, color=GREEN, linewidth=3)
+    policy.plot(line, arrays["plain_q"], color=BLACK, linestyle="--", linewidth=2.5)
+    policy.plot(line, arrays["q"], color=ORANGE, linewidth=3)
+    policy.text(0.0, 8.7, "plain Q", color=BLACK, **words)
+    policy.text(0.25, 1.6, "QDQ's Q", color=ORANGE, **words)
+    mark(policy, arrays["greedy"][0], arrays["plain_q"].max(), "X")
+    place = arrays["policy"][0]
+    mark(policy, place, np.interp(place, line, arrays["q"]), "*")
+    caption(policy, "policy", *score_lines(row))
     for panel in panels:
         panel.set(xlim=(-1, 1), xticks=[-1, 0, 1])
+        panel.tick_params(labelsize=TEXT - 2)
     for panel in (data, model, policy):
-        panel.set_ylim(-2, 14)
+        panel.set(ylim=(-2, 14), yticks=[0, 6, 12])
+
+
+def legend(figure: plt.Figure) -> None:
+    def sign(marker: str, colour: str, size: float, label: str) -> Line2D:
+        style = dict(markersize=size, markeredgecolor="white", linestyle="none")
+        return Line2D([], [], marker=marker, color=colour, label=label, **style)
+
+    signs = [
+        sign("o", BLACK, 9, "data"),
+        sign("o", BLUE, 9, "samples of the model"),
+        sign("*", ORANGE, 20, "policy"),
+        sign("X", BLACK, 14, "greedy: largest learned Q"),
+    ]
+    figure.legend(handles=signs, loc="outside lower center", ncols=4, fontsize=TEXT, frameon=False)
 
 
 PARTS = {"dac": (dac_row, draw_dac), "cped": (cped_row, draw_cped), "qdq": (qdq_row, draw_qdq)}
@@ -585,14 +600,17 @@ def write_table(path: Path, rows: dict[str, Row], seed: int) -> None:
 
 def main(args: Args) -> None:
     plt.switch_backend("Agg")
-    with ProcessPoolExecutor(len(args.rows), mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        len(args.rows), mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
         rows = dict(zip(args.rows, pool.map(work, args.rows, [args] * len(args.rows))))
     figure, axes = plt.subplots(len(rows), 4, squeeze=False, layout="constrained")
-    figure.set_size_inches(13.6, 4.3 * len(rows))
+    figure.set_size_inches(13.6, 4.3 * len(rows) + 0.5)
     for line, (name, row) in zip(axes, rows.items()):
         _, draw = PARTS[name]
         draw(line, row)
         line[0].set_ylabel(name.upper(), fontsize=26, fontweight="bold")
+    legend(figure)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=100)
     write_table(args.out.with_suffix(".csv"), rows, args.seed)
