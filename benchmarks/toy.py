@@ -11,7 +11,7 @@ actions in the plane. QDQ is pessimistic about the value of the next action, so 
 has two steps: an action leads to a place, and the place gives the return.
 
 The agents are those of the scripts, with small networks and a few thousand updates. Each row has
-a process and a thread of its own; about three and a half minutes of processor time together.
+a process and a thread of its own; about three minutes of processor time together.
 """
 
 import csv
@@ -430,20 +430,24 @@ def caption(panel: plt.Axes, title: str, *lines: str) -> None:
     panel.set_xlabel("\n".join(lines), fontsize=TEXT)
 
 
+def text(value: float, places: int = 2) -> str:
+    """With the typographic minus, and 0.00 for -0.00."""
+    return f"{round(value, places) + 0.0:.{places}f}".replace("-", "−")
+
+
 def fit_lines(row: Row, quantity: str, words: str, places: int) -> tuple[str, str]:
     for name, value, gaussian in row.table:
         if name == quantity:
-            return f"{words} {value:.{places}f}", f"a Gaussian: {gaussian:.{places}f}"
+            return f"{words} {text(value, places)}", f"a Gaussian: {text(gaussian, places)}"
     raise KeyError(quantity)
 
 
 def score_lines(row: Row) -> tuple[str, str]:
     value = {quantity: value for quantity, value, _ in row.table}
-    policy = value["true reward: policy"]
-    greedy = value["true reward: greedy"]
-    data = value["true reward: data"]
-    lines = f"true reward {policy:.2f}", f"greedy ✕ {greedy:.2f}, data {data:.2f}"
-    return tuple(line.replace("-", "−") for line in lines)
+    policy = text(value["true reward: policy"])
+    greedy = text(value["true reward: greedy"])
+    data = text(value["true reward: data"])
+    return f"true reward {policy}", f"greedy ✕ {greedy}, data {data}"
 
 
 def dots(panel: plt.Axes, points: np.ndarray, colour: str) -> None:
@@ -595,10 +599,10 @@ def work(name: str, args: Args) -> Row:
 
 
 def save_small(figure: plt.Figure, path: Path) -> None:
-    """With 128 colours, which makes the file half as large."""
+    """With 200 colours, which makes the file much smaller."""
     whole = io.BytesIO()
     figure.savefig(whole, dpi=95, format="png")
-    Image.open(whole).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, "PNG")
+    Image.open(whole).convert("RGB").quantize(200, dither=Image.Dither.NONE).save(path, "PNG")
 
 
 def write_table(path: Path, rows: dict[str, Row], seed: int) -> None:
