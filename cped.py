@@ -6,7 +6,7 @@ discriminator (Eq. 4). TD3 then maximises Q inside the region {(s, a): -log L(s,
 (Eq. 6 and 7). The multiplier alpha, here `lagrange`, weighs this constraint.
 
     python cped.py --env hopper-medium                   # published settings
-    python cped.py --env hopper-medium-replay --quick    # five minutes on a laptop
+    python cped.py --env hopper-medium-replay --quick    # seven minutes on a laptop
     python cped.py --env hopper-medium --seed 1 --flow runs/hopper-medium/cped/seed0-20260101-120000
     python cped.py --resume runs/hopper-medium/cped/seed0-20260101-120000
 

@@ -8,7 +8,7 @@ diffusion model), the student (the consistency model, distilled from the teacher
 (TD3 with this target and a behaviour term).
 
     python qdq.py --env hopper-medium                   # published settings
-    python qdq.py --env hopper-medium-replay --quick    # minutes on a laptop
+    python qdq.py --env hopper-medium-replay --quick    # seven minutes on a laptop
     python qdq.py --resume runs/hopper-medium/qdq/seed0-20260101-120000
     python qdq.py --seed 1 --consistency runs/hopper-medium/qdq/seed0-20260101-120000
 

@@ -227,12 +227,26 @@ def test_baselines_without_d3rlpy_are_one_sentence(monkeypatch):
 # ----------------------------------------------------------------------------------- pictures
 
 
-def test_pictures_of_bandits(tmp_path):
+def test_picture_and_table_of_bandits(tmp_path):
     pytest.importorskip("matplotlib", reason="needs benchmarks/requirements.txt")
-    flags = "--out", str(tmp_path / "toy.png"), "--scale", "0.005", "--toys", "moons"
+    flags = "--out", str(tmp_path / "toy.png"), "--scale", "0.005", "--seed", "3"
     # its rows are processes of their own
     subprocess.run([sys.executable, str(BENCHMARKS / "toy.py"), *flags], check=True)
     assert (tmp_path / "toy.png").stat().st_size > 10_000
+    with (tmp_path / "toy.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == ["algorithm", "quantity", "value", "gaussian", "seed"]
+    assert {row["seed"] for row in table} == {"3"}
+    for row in table:
+        assert np.isfinite(float(row["value"])), row
+        is_fit = row["quantity"] in ("energy distance", "held-out log-density")
+        assert is_fit == (row["gaussian"] != ""), row
+        if is_fit:
+            assert np.isfinite(float(row["gaussian"])), row
+    for algorithm in ("dac", "cped", "qdq"):
+        quantities = {row["quantity"] for row in table if row["algorithm"] == algorithm}
+        scores = {f"true reward: {what}" for what in ("data", "policy", "greedy")}
+        assert scores | {"energy distance"} <= quantities
 
 
 def test_uncertainty_of_a_trained_student(tmp_path, monkeypatch):
