@@ -65,7 +65,7 @@ class Args:
 class Row(NamedTuple):
     """What a row of panels shows: arrays by name, and the lines of the table."""
 
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, Tensor | np.ndarray]
     table: list[tuple[str, float, float | None]]  # quantity, value, the same of a Gaussian
 
 
@@ -225,7 +225,7 @@ def dac_row(rng: np.random.Generator, scale: float) -> Row:
         ("policy: share in the right mode", float((policy[:, 0] > 0).mean()), None),
     ]
     arrays = dict(data=data, samples=samples, policy=policy, q=q, greedy=greedy)
-    return Row({name: np.asarray(values) for name, values in arrays.items()}, table)
+    return Row(arrays, table)
 
 
 # -------------------------------------------------------------------- CPED
@@ -287,14 +287,13 @@ def cped_row(rng: np.random.Generator, scale: float) -> Row:
     ]
     arrays = dict(
         data=data,
-        samples=samples,
         log_density=on_map,
         epsilon=epsilon,
         path=path,
         q=q,
         greedy=greedy,
     )
-    return Row({name: np.asarray(values) for name, values in arrays.items()}, table)
+    return Row(arrays, table)
 
 
 # --------------------------------------------------------------------- QDQ
@@ -416,10 +415,9 @@ def qdq_row(rng: np.random.Generator, scale: float) -> Row:
         q=q,
         plain_q=plain_q,
         policy=policy,
-        plain_policy=plain_policy,
         greedy=greedy,
     )
-    return Row({name: np.asarray(values) for name, values in arrays.items()}, table)
+    return Row(arrays, table)
 
 
 # ----------------------------------------------------------------- picture
@@ -593,9 +591,9 @@ def work(name: str, args: Args) -> Row:
     torch.manual_seed(args.seed)
     started = time.process_time()
     make, _ = PARTS[name]
-    row = make(np.random.default_rng(args.seed), args.scale)
+    arrays, table = make(np.random.default_rng(args.seed), args.scale)
     print(f"{name}: {time.process_time() - started:.0f} seconds of processor time")
-    return row
+    return Row({key: np.asarray(values) for key, values in arrays.items()}, table)
 
 
 def save_small(figure: plt.Figure, path: Path) -> None:
