@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
+from matplotlib.colors import PowerNorm
 from matplotlib.lines import Line2D
 from PIL import Image
 from root import ROOT
@@ -50,14 +51,14 @@ BLUE = "#0072B2"  # samples of a model
 ORANGE = "#D55E00"  # policies
 BLACK = "black"  # plain greed
 GREEN = "#009E73"  # true mean
-GREY = "#999999"  # data under samples
+GREY = "#999999"  # where QDQ divides by H
 TEXT = 15  # size of the captions
 
 
 @dataclass
 class Args:
     out: Path = ROOT / "benchmarks" / "results" / "toy" / "toy.png"  # picture; beside it a .csv
-    rows: tuple[Literal["dac", "cped", "qdq"], ...] = ("dac", "cped", "qdq")  # of panels
+    rows: tuple[Literal["dac", "qdq", "cped"], ...] = ("dac", "qdq", "cped")  # of panels
     scale: float = 1.0  # factor of all numbers of updates
     seed: int = 0  # seed of data, initialisation and noise
 
@@ -232,8 +233,7 @@ def dac_row(rng: np.random.Generator, scale: float) -> Row:
 
 
 @torch.enable_grad()
-def train_cped(act: Tensor, rew: Tensor, scale: float) -> tuple[cped.CPED, np.ndarray]:
-    """The agent, and the policy's actions from the update on in which its loss includes Q."""
+def train_cped(act: Tensor, rew: Tensor, scale: float) -> cped.CPED:
     args = cped.Args(
         flow_steps=int(3000 * scale),
         total_steps=int(2000 * scale),
@@ -253,12 +253,9 @@ def train_cped(act: Tensor, rew: Tensor, scale: float) -> tuple[cped.CPED, np.nd
         lagrange=1.0,
     )
     agent = cped.CPED(0, 2, args)
-    path = []
     for _ in trange(args.flow_steps + args.total_steps, desc="CPED", leave=False):
         agent.update(bandit_batch(cped.Batch, *pick(act, rew)))
-        if agent.step >= args.flow_steps + args.actor_q_start:
-            path.append(agent.act(np.zeros((1, 0), np.float32))[0])
-    return agent, np.array(path)
+    return agent
 
 
 @torch.no_grad()
@@ -267,7 +264,7 @@ def cped_row(rng: np.random.Generator, scale: float) -> Row:
     act = torch.tensor(data).float()
     rew = torch.tensor(arch_reward(data)).float()
     held_out = torch.tensor(arch(rng, HELD_OUT)).float()
-    agent, path = train_cped(act, rew, scale)
+    agent = train_cped(act, rew, scale)
     log_density = agent.flow.log_density(held_out[:, :0], held_out).mean()
     gaussian = fitted_gaussian(act).log_prob(held_out).mean()
     latent = torch.rand(HELD_OUT, 2).logit(eps=1e-7)
@@ -276,11 +273,12 @@ def cped_row(rng: np.random.Generator, scale: float) -> Row:
     epsilon = -agent.flow.log_density(act[:, :0], act).quantile(1 - agent.args.epsilon_quantile)
     q = agent.critic(plane()[:, :0], plane()).amin(dim=0)
     greedy = plane()[q.argmax()].numpy()
+    policy = agent.act(np.zeros((1, 0), np.float32))[0]
     table = [
         ("held-out log-density", float(log_density), float(gaussian)),
         energy_line(act, held_out, samples),
         ("true reward: data", float(rew.mean()), None),
-        ("true reward: policy", float(arch_reward(path[-1:])[0]), None),
+        ("true reward: policy", float(arch_reward(policy[None])[0]), None),
         ("true reward: greedy", float(arch_reward(greedy[None])[0]), None),
         ("learned Q: greedy", float(q.max()), None),
         ("multiplier at the end", float(agent.lagrange), None),
@@ -289,7 +287,7 @@ def cped_row(rng: np.random.Generator, scale: float) -> Row:
         data=data,
         log_density=on_map,
         epsilon=epsilon,
-        path=path,
+        policy=policy,
         q=q,
         greedy=greedy,
     )
@@ -436,16 +434,16 @@ def text(value: float, places: int = 2) -> str:
 def fit_lines(row: Row, quantity: str, words: str, places: int) -> tuple[str, str]:
     for name, value, gaussian in row.table:
         if name == quantity:
-            return f"{words} {text(value, places)}", f"a Gaussian: {text(gaussian, places)}"
+            return f"{words} {text(value, places)}", f"a Gaussian fit: {text(gaussian, places)}"
     raise KeyError(quantity)
 
 
-def score_lines(row: Row) -> tuple[str, str]:
+def score_lines(row: Row, word: str = "reward") -> tuple[str, str]:
     value = {quantity: value for quantity, value, _ in row.table}
     policy = text(value["true reward: policy"])
     greedy = text(value["true reward: greedy"])
     data = text(value["true reward: data"])
-    return f"true reward {policy}", f"greedy ✕ {greedy}, data {data}"
+    return f"its true {word}: {policy}", f"greedy: {greedy}, data: {data}"
 
 
 def dots(panel: plt.Axes, points: np.ndarray, colour: str) -> None:
@@ -479,22 +477,24 @@ def draw_dac(panels: list[plt.Axes], row: Row) -> None:
     dots(data, arrays["data"], BLACK)
     caption(data, "data, true reward", "a point is an action,", "bright is good")
 
-    dots(model, arrays["data"], GREY)
+    dots(model, arrays["data"], BLACK)
     dots(model, arrays["samples"], BLUE)
-    caption(model, "diffusion model", *fit_lines(row, "energy distance", "energy distance", 4))
+    caption(model, "diffusion model", *fit_lines(row, "energy distance", "distance to data", 4))
 
     colours(belief, arrays["q"])
-    up, right = np.gradient(arrays["q"].reshape(GRID, GRID))
     some = slice(8, None, 16)
+    up, right = (slope[some, some] for slope in np.gradient(arrays["q"].reshape(GRID, GRID)))
+    length = np.hypot(up, right) + 1e-3  # all arrows but those of a flat Q become equally long
     axis = np.linspace(-1, 1, GRID)[some]
-    belief.quiver(axis, axis, right[some, some], up[some, some], color="white", scale=1.2)
+    arrows = dict(scale=7, width=0.018, color=BLACK, edgecolor="white", linewidth=0.8)
+    belief.quiver(axis, axis, right / length, up / length, pivot="middle", **arrows)
     mark(belief, *arrays["greedy"], "X")
-    caption(belief, "learned Q", "bright beyond the data;", "its gradient guides")
+    caption(belief, "learned Q", "too bright beyond the data;", "its gradient guides DAC")
 
     colours(policy, truth)
     dots(policy, arrays["policy"], ORANGE)
     mark(policy, *arrays["greedy"], "X")
-    caption(policy, "policy", *score_lines(row))
+    caption(policy, "policy of DAC", *score_lines(row))
     in_the_plane(panels)
 
 
@@ -508,24 +508,24 @@ def draw_cped(panels: list[plt.Axes], row: Row) -> None:
     dots(data, arrays["data"], BLACK)
     caption(data, "data, true reward", "a point is an action,", "bright is good")
 
-    model.contourf(axis, axis, np.exp(log_density), levels=12, cmap="Blues")
+    shades = dict(cmap="Blues", norm=PowerNorm(0.4))  # the thin ends of the arch can be seen
+    model.contourf(axis, axis, np.exp(log_density), levels=40, **shades)
     dots(model, arrays["data"][:200], BLACK)
-    caption(model, "density of the flow", *fit_lines(row, "held-out log-density", "log-density", 2))
+    lines = fit_lines(row, "held-out log-density", "log-density of data", 2)
+    caption(model, "density of the flow", *lines)
 
     colours(belief, arrays["q"])
     mark(belief, *arrays["greedy"], "X")
-    caption(belief, "learned Q", "bright beyond the data;", "white: allowed region")
+    caption(belief, "learned Q", "too bright beyond the data;", "hatched: dense enough")
 
     colours(policy, truth)
-    policy.plot(*arrays["path"].T, color=ORANGE, linewidth=2.5)
-    mark(policy, *arrays["path"][-1], "*")
+    mark(policy, *arrays["policy"], "*")
     mark(policy, *arrays["greedy"], "X")
-    caption(policy, "policy", *score_lines(row))
+    caption(policy, "policy of CPED", *score_lines(row))
     for panel in (belief, policy):
-        edge = [-arrays["epsilon"]]
-        panel.contour(
-            axis, axis, log_density, levels=edge, colors="white", linewidths=2.5, linestyles="solid"
-        )
+        levels = [-arrays["epsilon"], np.inf]
+        region = panel.contourf(axis, axis, log_density, levels, colors="none", hatches=["////"])
+        region.set(edgecolor="white", linewidth=2)
     in_the_plane(panels)
 
 
@@ -538,29 +538,29 @@ def draw_qdq(panels: list[plt.Axes], row: Row) -> None:
     dots(data, arrays["data"], BLACK)
     data.plot(line, mean, color=GREEN, linewidth=3)
     data.text(0.8, 8.3, "true\nmean", color=GREEN, **words)
-    caption(data, "data: returns", "action;", "no data beyond 0.6")
+    caption(data, "data, true mean", "return over action;", "no data beyond 0.6")
 
-    dots(model, arrays["data"], GREY)
+    dots(model, arrays["data"], BLACK)
     dots(model, arrays["samples"], BLUE)
-    lines = fit_lines(row, "energy distance", "energy distance", 4)
+    lines = fit_lines(row, "energy distance", "distance to data", 4)
     caption(model, "consistency model", *lines)
 
     spread.plot(line, arrays["h"], color=BLUE, linewidth=3)
     uncertain = arrays["h"] > arrays["threshold"]
     spread.fill_between(line, 0, 8, where=uncertain, color=GREY, alpha=0.3, linewidth=0)
-    spread.text(0.55, 0.5, "Q is\nshrunk", **words)
+    spread.text(0.55, 0.5, "Q is divided\nby H", **words)
     spread.set_ylim(0, 7)
-    caption(spread, "spread H of samples", "action")
+    caption(spread, "H: std of its samples", "large where returns split,", "and beyond")
 
     policy.plot(line, mean, color=GREEN, linewidth=3)
     policy.plot(line, arrays["plain_q"], color=BLACK, linestyle="--", linewidth=2.5)
-    policy.plot(line, arrays["q"], color=ORANGE, linewidth=3)
-    policy.text(-0.1, 8.7, "no pessimism", color=BLACK, **words)
+    policy.plot(line, arrays["q"], color=ORANGE, linestyle="-.", linewidth=2.5)
+    policy.text(0.1, 9.6, "Q without pessimism", color=BLACK, **words)
     policy.text(0.25, 1.6, "QDQ's Q", color=ORANGE, **words)
-    mark(policy, arrays["greedy"][0], arrays["plain_q"].max(), "X")
-    place = arrays["policy"][0]
-    mark(policy, place, np.interp(place, line, arrays["q"]), "*")
-    caption(policy, "policy", *score_lines(row))
+    policy.text(-0.45, 6.6, "true mean", color=GREEN, **words)
+    for place, marker in ((arrays["greedy"], "X"), (arrays["policy"], "*")):
+        mark(policy, place[0], mean_return(place)[0], marker)
+    caption(policy, "policy of QDQ", *score_lines(row, "return"))
     for panel in panels:
         panel.set(xlim=(-1, 1), xticks=[-1, 0, 1], box_aspect=1)
         panel.tick_params(labelsize=TEXT - 2)
@@ -576,13 +576,15 @@ def legend(figure: plt.Figure) -> None:
     signs = [
         sign("o", BLACK, 9, "data"),
         sign("o", BLUE, 9, "samples of the model"),
-        sign("*", ORANGE, 20, "policy"),
-        sign("X", BLACK, 14, "greedy: largest learned Q"),
+        sign("o", ORANGE, 9, "samples of the policy"),
+        sign("*", ORANGE, 20, "action of the policy"),
+        sign("X", BLACK, 14, "greedy: largest Q"),
     ]
-    figure.legend(handles=signs, loc="outside lower center", ncols=4, fontsize=TEXT, frameon=False)
+    style = dict(fontsize=TEXT, frameon=False, handletextpad=0.2, columnspacing=1.0)
+    figure.legend(handles=signs, loc="outside lower center", ncols=5, **style)
 
 
-PARTS = {"dac": (dac_row, draw_dac), "cped": (cped_row, draw_cped), "qdq": (qdq_row, draw_qdq)}
+PARTS = {"dac": (dac_row, draw_dac), "qdq": (qdq_row, draw_qdq), "cped": (cped_row, draw_cped)}
 
 
 def work(name: str, args: Args) -> Row:
