@@ -8,12 +8,12 @@ Shapes: N transitions, S observation dimension, A action dimension, E episodes. 
 in [-1, 1], in the data and in evaluation; the environment's own bounds appear only in this file.
 
 D4RL was recorded in gym's -v2 environments under MuJoCo 2.1. Gymnasium's -v4 environments
-have the same models, rewards and ends of episodes, and one step agrees to rounding. Returns of
-D4RL's own policies differ on average by -0.8 (hopper), -1.4 (halfcheetah, where the fastest run
-2 to 8 % slower) and +0.5 (walker2d) normalised points, and those of single policies by more than
-10. Since MuJoCo 3.5 the contact margins of two geoms are added; before, the larger one counted.
-All geoms of Hopper and of the ant have the same margin, so halving it restores D4RL's contacts
-exactly.
+have the same models, rewards and ends of episodes, and one step agrees to rounding. D4RL's own
+policies return here on average 0.8 normalised points less on hopper, 1.4 less on halfcheetah,
+where the fastest run 2 to 8 % slower, and 0.5 more on walker2d; single policies differ by more
+than 10. Since MuJoCo 3.5 the contact margins of two geoms are added; before, the larger one
+counted. All geoms of Hopper and of the ant have the same margin, so halving it restores D4RL's
+contacts exactly.
 
 AntMaze changes Gymnasium's ant into D4RL's: the time step, the torque, the contacts' solimp, the
 maze with the start as origin, the noise of start and goal, and an episode that ends at the goal.
