@@ -827,7 +827,7 @@ def describe(info: dict) -> str:
             " requirements.txt: Hopper is the same in it, the ant of AntMaze nearly"
         )
     if not info["preset"]:
-        lines.append("preset      none for this task: it has the defaults of --help")
+        lines.append("preset      none for this task: `--help` with this --env shows the values")
     return "\n".join(lines)
 
 

@@ -673,7 +673,8 @@ class CPED:
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
         """The evaluated policy: obs [E, S] -> actions [E, A]."""
-        return self.actor(torch.as_tensor(obs, device=self.device)).cpu().numpy()
+        rows = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
+        return self.actor(rows).cpu().numpy()
 
     def state_dict(self) -> dict:
         parts = (*self.NETWORKS, *self.OPTIMIZERS)
@@ -753,7 +754,7 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     if not (folder / "args.json").exists():
         sys.exit(f"error: --resume {folder}: this is not the folder of a run: it has no args.json")
     if not path.exists():
-        sys.exit(f"error: {path} does not exist: the run ended before its first checkpoint")
+        sys.exit(f"error: {path} does not exist: the run wrote none yet; start it again")
     if not zipfile.is_zipfile(path):
         sys.exit(f"error: {path} is not a checkpoint, or is damaged")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -971,11 +972,11 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"run folder  {folder}")
     print(f"device      {device_name}")
     if agent.step == stop:
-        print("stop        the run has reached its end: --stop-after, larger or None, continues it")
+        print("stop        it has ended; a larger --stop-after or --total-steps continues it")
     if args.quick:
         print("protocol    --quick is ours: its scores cannot be compared with published ones")
     if args.compile:
-        print("compile     the first update takes up to a minute")
+        print("compile     the first update takes about a minute")
 
     # training
     seconds = checkpoint["seconds"] if checkpoint else 0.0

@@ -143,7 +143,7 @@ def arrange(runs: list[dict]) -> tuple[dict[Place, dict[str, list[dict]]], list[
     for run in runs:
         if run["score_last_5"] is None:
             seed = f"seed {run['seed']}"
-            left_out.append(f"{name_of(run)} on {run['dataset']}, {seed}: not evaluated")
+            left_out.append(f"{name_of(run)} on {run['dataset']}, {seed}: no evaluation on the way")
             continue
         task = strip_version(run["env"])
         if task not in TASKS:

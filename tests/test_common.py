@@ -1259,7 +1259,7 @@ def test_margins_are_halved_for_d4rls_tasks_alone(version, adds, monkeypatch, ca
 
 
 def test_data_in_ogbenchs_layout(tmp_path, monkeypatch):
-    """The recipe of the README: no rewards, ends of episodes in terminals, success in masks."""
+    """The recipe of the README: ends of recordings in terminals, success in masks."""
     monkeypatch.chdir(tmp_path)
     readme = (Path(common.__file__).parent / "README.md").read_text()
     blocks = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "masks" in b]
@@ -1274,11 +1274,12 @@ def test_data_in_ogbenchs_layout(tmp_path, monkeypatch):
         next_observations=raw["next_observations"],
         terminals=ends.astype(np.float32),
         masks=masks,
+        rewards=raw["rewards"],
         qpos=np.zeros((200, 6)),
     )
     exec(blocks[0], {})
     arrays, info = load_dataset("Hopper-v4", "my.npz")
     assert arrays["not_done"].tolist() == masks.tolist()
-    assert arrays["rew"].tolist() == (-masks).tolist()
+    assert np.array_equal(arrays["rew"], raw["rewards"])
     assert arrays["ends"].nonzero()[0].tolist() == [30, 31, 49, 99, 149, 199]
     assert (info["terminals"], info["timeouts"], info["dropped"]) == (3, 3, 0)

@@ -218,7 +218,7 @@ def test_only_the_seed_may_differ_within_a_row(tmp_path):
     }
     assert rows["dac, num_critics 2"]["last"] == "8.0" and rows["dac, num_critics 2"]["low"] == ""
     assert "dac, num_critics 2 on d4rl/hopper-medium-replay-v2, seed 0: given twice" in page
-    assert "seed 3: not evaluated" in page
+    assert "seed 3: no evaluation on the way" in page
 
 
 def test_the_begin_of_a_run_and_a_whole_run_are_two_rows(tmp_path):

@@ -329,10 +329,11 @@ def test_a_checkpoint_beyond_the_end_is_refused(script, run, folder, tmp_path):
 @each_script
 def test_a_stopped_run_says_how_it_goes_on(script, run, folder, capsys):
     run(script, "runs", "--stop-after", "5")
-    assert "has reached its end" not in capsys.readouterr().out
+    assert "stop        it has ended" not in capsys.readouterr().out
     result = module(script).main(["--resume", str(folder("runs"))])
     assert result["updates"] == first_updates(script, 4) + 5
-    assert "--stop-after, larger or None, continues it" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "stop        it has ended; a larger --stop-after or --total-steps continues it" in out
     result = module(script).main(["--resume", str(folder("runs")), "--stop-after", "None"])
     assert result["updates"] == first_updates(script, 4) + 12
 
@@ -434,7 +435,7 @@ def test_resume_of_something_else_is_refused(script, run, folder, tmp_path):
         (tmp_path / "absent", "not the folder of a run"),
         (tmp_path / "downloads", "not the folder of a run"),
         (good / "checkpoint.pt", "not the folder of a run"),
-        (copy("none", None), "the run ended before its first checkpoint"),
+        (copy("none", None), "the run wrote none yet; start it again"),
         (copy("half", half), "is not a checkpoint, or is damaged"),
         (copy("text", b"no checkpoint"), "is not a checkpoint, or is damaged"),
         (copy("other", checkpoint | {"algorithm": other}), f"was written by {other}.py"),
@@ -466,7 +467,7 @@ def test_a_saved_policy_is_rebuilt_in_three_lines(script, run, folder):
     args = module(script).Args(**state["args"])
     agent = getattr(module(script), script.upper())(state["obs_dim"], state["act_dim"], args)
     agent.load_state_dict(state["agent"])
-    act = agent.act(np.zeros((2, 11), np.float32))
+    act = agent.act(np.zeros((2, 11)))  # float64, as Gymnasium's MuJoCo environments give it
     assert act.shape == (2, 3)
     assert np.abs(act).max() <= 1
 
