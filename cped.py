@@ -353,9 +353,8 @@ class Flow(nn.Module):
             kept = self.halves[i % 2]
             self.shifts.append(coupling_net(kept, hidden_dim, dim - kept))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, D] -> z [B, D], and log|det dz/dx|, one number for all rows."""
-        u, v = x.split(self.halves, dim=1)
+    def forward(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The halves of x -> z [B, D], and log|det dz/dx|, one number for all rows."""
         for i, shift in enumerate(self.shifts):
             if i % 2 == 0:
                 v = v + shift(u)
@@ -378,8 +377,10 @@ class Flow(nn.Module):
 
     def log_density(self, obs: Tensor, act: Tensor) -> Tensor:
         """log L(s, a) [B] in nats, the joint density; its gradient in a is also log L(a|s)'s."""
-        x = torch.cat([obs, act], dim=1)
-        z, log_det = self(x)
+        u, v = torch.cat([obs, act], dim=1).split(self.halves, dim=1)
+        if self.halves[0] <= obs.shape[1]:
+            u = obs[:, : self.halves[0]]  # no action in it: spares the first net's gradient
+        z, log_det = self(u, v)
         log_prior = z - 2 * F.softplus(z)  # of the logistic distribution, [B, D]
         return log_prior.sum(dim=1) + log_det
 
@@ -487,9 +488,9 @@ class CPED:
             self.disc(mixed).sum(), mixed, create_graph=True
         )  # [B, D]
         penalty = (gradient.norm(dim=1) - 1).square().mean()
-        fake_score = self.disc(fake).mean()
-        real_score = self.disc(real).mean()
-        loss = fake_score - real_score + self.args.penalty_weight * penalty  # Eq. 4, deviation 3
+        fake_score, real_score = self.disc(torch.cat([fake, real])).chunk(2)  # [B, D] each
+        distance = real_score.mean() - fake_score.mean()  # Wasserstein distance, as D sees it
+        loss = self.args.penalty_weight * penalty - distance  # Eq. 4, deviation 3
         return loss, {"disc_loss": loss.detach(), "penalty": penalty.detach()}
 
     def flow_loss(self, batch: Batch, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -673,7 +674,7 @@ class CPED:
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
         """The evaluated policy: obs [E, S] -> actions [E, A]."""
-        rows = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
+        rows = torch.as_tensor(obs, dtype=torch.get_default_dtype(), device=self.device)
         return self.actor(rows).cpu().numpy()
 
     def state_dict(self) -> dict:

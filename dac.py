@@ -489,7 +489,7 @@ class DAC:
     def act(self, obs: np.ndarray) -> np.ndarray:
         """The evaluated policy: obs [E, S] -> actions [E, A], the best of K candidates."""
         args = self.args
-        rows = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
+        rows = torch.as_tensor(obs, dtype=torch.get_default_dtype(), device=self.device)
         rows = rows.repeat_interleave(args.num_eval_actions, dim=0)  # [E K, S]
         noise = torch.randn(args.diffusion_steps, len(rows), self.act_dim, device=self.device)
         candidates = sample_actions(self.actor, rows, noise, self.schedule)  # [E K, A]

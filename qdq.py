@@ -767,7 +767,8 @@ class QDQ:
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
         """The evaluated policy: obs [E, S] -> actions [E, A], the mean of the actor."""
-        mu, _ = self.actor(torch.as_tensor(obs, dtype=torch.float32, device=self.device))
+        rows = torch.as_tensor(obs, dtype=torch.get_default_dtype(), device=self.device)
+        mu, _ = self.actor(rows)
         return mu.cpu().numpy()
 
     def state_dict(self) -> dict:

@@ -557,7 +557,7 @@ def draw_qdq(panels: list[plt.Axes], row: Row) -> None:
     policy.plot(line, arrays["q"], color=ORANGE, linestyle="-.", linewidth=2.5)
     policy.text(0.1, 9.6, "Q without pessimism", color=BLACK, **words)
     policy.text(0.25, 1.6, "QDQ's Q", color=ORANGE, **words)
-    policy.text(-0.45, 6.6, "true mean", color=GREEN, **words)
+    policy.text(-0.55, 7.0, "true mean", color=GREEN, **words)
     for place, marker in ((arrays["greedy"], "X"), (arrays["policy"], "*")):
         mark(policy, place[0], mean_return(place)[0], marker)
     caption(policy, "policy of QDQ", *score_lines(row, "return"))
