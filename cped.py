@@ -329,9 +329,8 @@ class Discriminator(nn.Module):
 
 def normalize(h: Tensor) -> Tensor:
     """Each row of h minus its mean, over its standard deviation."""
-    centred = h - h.mean(dim=1, keepdim=True)
-    std = h.std(dim=1, keepdim=True)
-    return centred / (std + 1e-6)
+    std, mean = torch.std_mean(h, dim=1, keepdim=True)
+    return (h - mean) / (std + 1e-6)
 
 
 # ----------------------------------------------------------------- flow-GAN
@@ -482,8 +481,7 @@ class CPED:
         mix [B] is the weight of the data.
         """
         real = torch.cat([batch.obs, batch.act], dim=1)  # x
-        mixed = mix[:, None] * real + (1 - mix[:, None]) * fake
-        mixed.requires_grad_()
+        mixed = torch.lerp(fake, real, mix[:, None]).requires_grad_()
         (gradient,) = torch.autograd.grad(
             self.disc(mixed).sum(), mixed, create_graph=True
         )  # [B, D]
