@@ -300,12 +300,13 @@ def test_throughput_counts_the_products_and_writes_a_row(tmp_path, monkeypatch):
     # forward, weight gradient, batch of two
     assert products.shapes == {(1, 3, 5, 7): 1, (1, 7, 3, 5): 1, (2, 3, 6, 4): 1}
 
-    # Products of 750 x 750, in every second update: four couplings forward and back to the action.
+    # Products of 750 x 750, in every second update: four couplings forward, and back to the action
+    # through three; the first one sees no action.
     step = throughput.make_step("cped", "policy", False, throughput.Args(), "cpu")
     with throughput.Products() as products:
         for _ in range(4):
             step()
-    assert products.shapes[1, 256, 750, 750] == (4 + 4) * 2
+    assert products.shapes[1, 256, 750, 750] == (4 + 3) * 2
 
     monkeypatch.setitem(throughput.STAGES, "cped", ("policy",))
     args = throughput.Args(
