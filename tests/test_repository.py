@@ -104,7 +104,11 @@ def test_the_lock_has_the_required_versions_and_a_hash_for_every_package():
     assert all("--hash=sha256:" in entry for entry in entries) and not any(
         "://" in part for part in (head, *entries)
     )
-    assert re.search(r"^# +uv pip compile requirements.txt .*--generate-hashes", head, re.M)
+    command = "uv pip compile requirements.txt --universal --generate-hashes --python-version 3.11"
+    assert re.search(rf"^# +{command} --no-annotate -o requirements.lock$", head, re.M)
+    assert (
+        "requirements.lock` installs exactly the locked packages; the file's first lines" in README
+    )
 
 
 # ------------------------------------------------------------------------------ form of the scripts
