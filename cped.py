@@ -486,9 +486,8 @@ class CPED:
             self.disc(mixed).sum(), mixed, create_graph=True
         )  # [B, D]
         penalty = (gradient.norm(dim=1) - 1).square().mean()
-        fake_score, real_score = self.disc(torch.cat([fake, real])).chunk(2)  # [B, D] each
-        distance = real_score.mean() - fake_score.mean()  # Wasserstein distance, as D sees it
-        loss = self.args.penalty_weight * penalty - distance  # Eq. 4, deviation 3
+        fake_score, real_score = self.disc(torch.cat([fake, real])).view(2, -1).mean(dim=1)
+        loss = fake_score - real_score + self.args.penalty_weight * penalty  # Eq. 4, deviation 3
         return loss, {"disc_loss": loss.detach(), "penalty": penalty.detach()}
 
     def flow_loss(self, batch: Batch, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
