@@ -827,7 +827,7 @@ def describe(info: dict) -> str:
             " requirements.txt: Hopper is the same in it, the ant of AntMaze nearly"
         )
     if not info["preset"]:
-        lines.append("preset      none for this task: `--help` with this --env shows the values")
+        lines.append("preset      none for this task: the script's defaults hold, see its --help")
     return "\n".join(lines)
 
 

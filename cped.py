@@ -418,7 +418,9 @@ class CPED:
     NETWORKS = ("flow", "disc", "actor", "actor_target", "critic", "critic_target")
     OPTIMIZERS = ("flow_adam", "disc_adam", "actor_adam", "critic_adam")
     POLICY = ("actor",)  # the networks that act
-    METRICS = (  # of one minibatch; Q-values in units of the reward, -log L and epsilon in nats
+    # logged as train/<name>; of one minibatch; Q-values in units of the reward, -log L and epsilon
+    # in nats
+    METRICS = (
         "disc_loss",  # mean D(g) - mean D(x) + penalty_weight penalty
         "penalty",  # mean of (|grad D| - 1)^2
         "gan_loss",  # - mean D(g), after the discriminator's step
@@ -1074,5 +1076,7 @@ def main(argv: list[str] | None = None) -> dict:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("stopped: --resume continues from the last checkpoint, if there is one")
     except OSError as error:  # a full disk, a folder that cannot be written
         sys.exit(f"error: {error} (the last checkpoint, if there is one, is intact: see --resume)")

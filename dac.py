@@ -346,7 +346,8 @@ class DAC:
     NETWORKS = ("actor", "actor_target", "critic", "critic_target")
     OPTIMIZERS = ("actor_adam", "critic_adam")
     POLICY = ("actor", "critic_target")  # the networks that act
-    METRICS = (  # of one minibatch; Q-values are in units of the transformed reward
+    # logged as train/<name>; of one minibatch; Q-values are in units of the transformed reward
+    METRICS = (
         "critic_loss",  # mean of (Q_h - y)^2
         "q_mean",  # mean of Q_h over critics and batch
         "q_std",  # standard deviation over the critics, mean over the batch
@@ -828,5 +829,7 @@ def main(argv: list[str] | None = None) -> dict:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("stopped: --resume continues from the last checkpoint, if there is one")
     except OSError as error:  # a full disk, a folder that cannot be written
         sys.exit(f"error: {error} (the last checkpoint, if there is one, is intact: see --resume)")

@@ -520,7 +520,8 @@ class QDQ:
     )
     OPTIMIZERS = ("teacher_adam", "student_radam", "actor_adam", "critic_adam")
     POLICY = ("actor",)  # the networks that act
-    METRICS = (  # of one minibatch; Q-values are in units of the transformed reward
+    # logged as train/<name>; of one minibatch; Q-values are in units of the transformed reward
+    METRICS = (
         "teacher_loss",  # weighted mean of (D(x + t z, t) - x)^2, normalised returns
         "student_loss",  # mean of (f(x_t, t_i) - f_target(x_h, t_{i+1}))^2, normalised returns
         "critic_loss",  # Eq. 7: alpha loss_high + (1 - alpha) loss_low
@@ -1160,5 +1161,7 @@ def main(argv: list[str] | None = None) -> dict:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("stopped: --resume continues from the last checkpoint, if there is one")
     except OSError as error:  # a full disk, a folder that cannot be written
         sys.exit(f"error: {error} (the last checkpoint, if there is one, is intact: see --resume)")

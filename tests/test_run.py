@@ -687,10 +687,10 @@ def test_a_save_that_fails_keeps_the_last_checkpoint(
     assert_same(tmp_path / "whole", tmp_path / "part")
 
 
-@pytest.mark.parametrize("what", ["table", "board"])
-def test_a_full_disk_while_logging_is_one_sentence_and_the_run_goes_on(what, tmp_path, dataset):
+@pytest.mark.parametrize("what", ["table", "board", "ctrl-c"])
+def test_a_full_disk_or_ctrl_c_is_one_sentence_and_the_run_goes_on(what, tmp_path, dataset):
     """As a program: the exception is caught at the very end of the script."""
-    name = {"table": "writerow", "board": "add_scalar"}[what]
+    name = {"table": "writerow", "board": "add_scalar", "ctrl-c": "add_scalar"}[what]
     code = f"""if True:
         import csv, errno, runpy, sys
         import torch.utils.tensorboard
@@ -699,6 +699,8 @@ def test_a_full_disk_while_logging_is_one_sentence_and_the_run_goes_on(what, tmp
         def full(*args):
             calls.append(args)
             if len(calls) == 4:
+                if {what!r} == "ctrl-c":
+                    raise KeyboardInterrupt
                 raise OSError(errno.ENOSPC, "No space left on device")
             return kept(*args)
         setattr(owner, {name!r}, full)
@@ -715,8 +717,11 @@ def test_a_full_disk_while_logging_is_one_sentence_and_the_run_goes_on(what, tmp
         timeout=240,
     )
     assert done.returncode == 1
-    assert "error: [Errno 28] No space left on device" in done.stderr
-    assert "the last checkpoint, if there is one, is intact" in done.stderr
+    if what == "ctrl-c":
+        assert "stopped: --resume continues from the last checkpoint" in done.stderr
+    else:
+        assert "error: [Errno 28] No space left on device" in done.stderr
+        assert "the last checkpoint, if there is one, is intact" in done.stderr
     assert "Traceback" not in done.stderr
     (own,) = (tmp_path / "runs").glob("*/dac/*")
     result = module("dac").main(["--resume", str(own)])
