@@ -555,7 +555,7 @@ class QDQ:
         self.student = ReturnNetwork(obs_dim, act_dim, args.hidden_dim).to(device)
         self.student_target = ReturnNetwork(obs_dim, act_dim, args.hidden_dim).to(device)
         self.student_target.requires_grad_(False)
-        self.student_radam = torch.optim.RAdam(self.student.parameters())
+        self.student_radam = torch.optim.RAdam(self.student.parameters(), foreach=True)
 
         self.actor = Actor(obs_dim, act_dim, args.hidden_dim, args.hidden_layers).to(device)
         self.actor_target = deepcopy(self.actor).requires_grad_(False)
