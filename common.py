@@ -364,7 +364,7 @@ def find_file(task: str, data: str) -> tuple[Path, str]:
         return bundled, f"bundled/{name}"
     reasons = "; ".join(failures)
     lines = [f"{target} does not exist and cannot be downloaded ({reasons}); get it with"]
-    lines += [f"  curl -L -o {target} {url}" for url in urls]
+    lines += [f"  curl -L --create-dirs -o {target} {url}" for url in urls]
     if bundled.exists():
         lines.append("or train on the small sample with --data bundled")
     raise UserError("\n".join(lines))

@@ -830,6 +830,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("stopped: --resume continues from the last checkpoint, if there is one")
+        sys.exit("stopped: --resume continues from the last checkpoint; without one, start again")
     except OSError as error:  # a full disk, a folder that cannot be written
         sys.exit(f"error: {error} (the last checkpoint, if there is one, is intact: see --resume)")
