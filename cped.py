@@ -993,7 +993,7 @@ def main(argv: list[str] | None = None) -> dict:
         bar.set_description(stage, refresh=False)
         while agent.step < end:
             indices = next(batches)
-            metrics = agent.update(Batch(*(column[indices] for column in dataset)))
+            metrics = agent.update(Batch(*(column.index_select(0, indices) for column in dataset)))
             step = agent.step
             bar.update()
 

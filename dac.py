@@ -754,7 +754,7 @@ def main(argv: list[str] | None = None) -> dict:
     bar = tqdm(initial=agent.step, total=stop, unit=" updates", mininterval=0.5)
     while agent.step < stop:
         indices = next(batches)
-        metrics = agent.update(Batch(*(column[indices] for column in data)))
+        metrics = agent.update(Batch(*(column.index_select(0, indices) for column in data)))
         step = agent.step
         bar.update()
 

@@ -1083,7 +1083,7 @@ def main(argv: list[str] | None = None) -> dict:
         bar.set_description(stage, refresh=False)
         while agent.step < end:
             indices = next(batches)
-            batch = type(dataset)(*(column[indices] for column in dataset))
+            batch = type(dataset)(*(column.index_select(0, indices) for column in dataset))
             metrics = agent.update(stage, batch)
             step = agent.step
             bar.update()

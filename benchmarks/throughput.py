@@ -127,7 +127,7 @@ def make_step(script: str, stage: str, compiled: bool, args: Args, device: str) 
 
     def step() -> None:
         index = torch.randint(ROWS, (batch_size,), device=device)
-        batch = kind(*(column[index] for column in data))
+        batch = kind(*(column.index_select(0, index) for column in data))
         if script == "qdq":
             agent.update(stage, batch)
         else:
