@@ -423,7 +423,8 @@ def test_failed_downloads_leave_nothing_and_do_not_fall_back(hub, mode):
     if mode == "other":
         Hub.content = b"<html>moved</html>" * 100
     with pytest.raises(
-        UserError, match=r"(?s)cannot be downloaded.*curl -L --create-dirs -o .*hopper_medium-v2\.hdf5"
+        UserError,
+        match=r"(?s)cannot be downloaded.*curl -L --create-dirs -o .*hopper_medium-v2\.hdf5",
     ) as error:
         load_dataset("hopper-medium")
     assert "--data bundled" in str(error.value)
