@@ -1279,7 +1279,7 @@ def test_data_in_ogbenchs_layout(tmp_path, monkeypatch):
         qpos=np.zeros((200, 6)),
     )
     exec(blocks[0], {})
-    arrays, info = load_dataset("Hopper-v4", "my.npz")
+    arrays, info = load_dataset("Hopper-v4", "my-ogbench.npz")
     assert arrays["not_done"].tolist() == masks.tolist()
     assert np.array_equal(arrays["rew"], raw["rewards"])
     assert arrays["ends"].nonzero()[0].tolist() == [30, 31, 49, 99, 149, 199]
