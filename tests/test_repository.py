@@ -179,6 +179,8 @@ def test_the_scripts_have_the_same_sections_and_the_same_helpers():
     for script, own in zip(SCRIPTS, titles):
         assert own[:2] + own[3:] == titles[0][:2] + titles[0][3:], script
         assert sections(script)[helpers] == sections("dac.py")[helpers], script
+        ending, other = (sections(s)["main"].split("\nif __name__")[1] for s in (script, "dac.py"))
+        assert ending == other, script
     assert len({own[2] for own in titles}) == len(SCRIPTS)
 
 

@@ -687,21 +687,34 @@ def test_a_save_that_fails_keeps_the_last_checkpoint(
     assert_same(tmp_path / "whole", tmp_path / "part")
 
 
-@pytest.mark.parametrize("what", ["table", "board", "ctrl-c"])
-def test_a_full_disk_or_ctrl_c_is_one_sentence_and_the_run_goes_on(what, tmp_path, dataset):
+FULL_DISK = 'OSError(errno.ENOSPC, "No space left on device")'
+FULL_DISK_SENTENCE = (
+    "error: [Errno 28] No space left on device (the last checkpoint, if there is one, is intact"
+)
+CTRL_C_SENTENCE = "stopped: --resume continues from the last checkpoint; without one, start again"
+
+
+@pytest.mark.parametrize(
+    "name, error, sentence",
+    [
+        ("writerow", FULL_DISK, FULL_DISK_SENTENCE),
+        ("add_scalar", FULL_DISK, FULL_DISK_SENTENCE),
+        ("add_scalar", "KeyboardInterrupt", CTRL_C_SENTENCE),
+    ],
+)
+def test_a_full_disk_or_ctrl_c_is_one_sentence_and_the_run_goes_on(
+    name, error, sentence, tmp_path, dataset
+):
     """As a program: the exception is caught at the very end of the script."""
-    name = {"table": "writerow", "board": "add_scalar", "ctrl-c": "add_scalar"}[what]
     code = f"""if True:
         import csv, errno, runpy, sys
         import torch.utils.tensorboard
-        owner = csv.DictWriter if {what!r} == "table" else torch.utils.tensorboard.SummaryWriter
+        owner = csv.DictWriter if {name!r} == "writerow" else torch.utils.tensorboard.SummaryWriter
         kept, calls = getattr(owner, {name!r}), []
         def full(*args):
             calls.append(args)
             if len(calls) == 4:
-                if {what!r} == "ctrl-c":
-                    raise KeyboardInterrupt
-                raise OSError(errno.ENOSPC, "No space left on device")
+                raise {error}
             return kept(*args)
         setattr(owner, {name!r}, full)
         sys.argv = ["dac.py", *sys.argv[1:]]
@@ -717,11 +730,7 @@ def test_a_full_disk_or_ctrl_c_is_one_sentence_and_the_run_goes_on(what, tmp_pat
         timeout=240,
     )
     assert done.returncode == 1
-    if what == "ctrl-c":
-        assert "stopped: --resume continues from the last checkpoint" in done.stderr
-    else:
-        assert "error: [Errno 28] No space left on device" in done.stderr
-        assert "the last checkpoint, if there is one, is intact" in done.stderr
+    assert sentence in done.stderr
     assert "Traceback" not in done.stderr
     (own,) = (tmp_path / "runs").glob("*/dac/*")
     result = module("dac").main(["--resume", str(own)])
