@@ -418,8 +418,7 @@ class CPED:
     NETWORKS = ("flow", "disc", "actor", "actor_target", "critic", "critic_target")
     OPTIMIZERS = ("flow_adam", "disc_adam", "actor_adam", "critic_adam")
     POLICY = ("actor",)  # the networks that act
-    # logged as train/<name>; of one minibatch; Q-values in units of the reward, -log L and epsilon
-    # in nats
+    # logged as train/<name>; of one minibatch; Q in units of the reward, -log L and epsilon in nats
     METRICS = (
         "disc_loss",  # mean D(g) - mean D(x) + penalty_weight penalty
         "penalty",  # mean of (|grad D| - 1)^2
