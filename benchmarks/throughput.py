@@ -6,7 +6,7 @@
 
 Random rows with a task's sizes replace its dataset; the speed is the same. Each stage runs in a
 process of its own, with the published settings and the agent's own update. Nothing else should run
-on the machine. A row of throughput.md, and a line of throughput.jsonl, in --out has
+on the machine. At the end throughput.md and throughput.jsonl are written into --out; a row has
   updates/s     median over the windows, after a warm-up; includes drawing batch and noise, but not
                 evaluation and logging
   CPU s/update  of all threads
@@ -19,7 +19,6 @@ on the machine. A row of throughput.md, and a line of throughput.jsonl, in --out
 
 import importlib
 import json
-import multiprocessing
 import os
 import platform
 import resource
@@ -30,7 +29,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -41,7 +39,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from root import ROOT
+from root import ROOT, processes
 from rows import output
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,7 +67,7 @@ class Args:
     windows: int = 5  # windows per stage
     seconds: float = 4.0  # seconds per window
     evaluation: bool = True  # also time an evaluation of ten episodes of 1,000 steps
-    out: Path = ROOT / "benchmarks" / "results"  # folder of throughput.md and throughput.jsonl
+    out: Path = Path("runs") / "throughput"  # folder of throughput.md and throughput.jsonl
 
 
 class Products(TorchDispatchMode):
@@ -290,16 +288,14 @@ def main(args: Args, flags: str = "") -> None:
         table_line(("---",) * len(COLUMNS)),
     ]
     print("\n".join(lines), flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:  # one for each
+    settings = {**asdict(args), "out": None}
+    records = []
+    with processes(1, max_tasks_per_child=1) as pool:  # a new one for each measurement
         for script in args.scripts:
             for stage in STAGES[script]:
                 for mode in args.modes:
                     row = pool.submit(measure, script, stage, mode, args).result()
-                    settings = {**asdict(args), "out": None}
-                    with (args.out / "throughput.jsonl").open("a") as file:
-                        print(json.dumps({**row, **facts, "args": settings}), file=file)
+                    records.append(json.dumps({**row, **facts, "args": settings}))
                     cells = (
                         script,
                         stage,
@@ -321,7 +317,9 @@ def main(args: Args, flags: str = "") -> None:
                     f"Ten HalfCheetah episodes of 1,000 steps by {script}: {seconds:.1f} s."
                 )
                 print(lines[-1], flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "throughput.md").write_text("\n".join(lines) + "\n")
+    (args.out / "throughput.jsonl").write_text("\n".join(records) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ a process and a thread of its own; about three minutes of processor time togethe
 
 import csv
 import io
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -30,7 +28,7 @@ import tyro
 from matplotlib.colors import PowerNorm
 from matplotlib.lines import Line2D
 from PIL import Image
-from root import ROOT
+from root import ROOT, processes
 from torch import Tensor
 from tqdm import trange
 
@@ -617,9 +615,7 @@ def write_table(path: Path, rows: dict[str, Row], seed: int) -> None:
 
 def main(args: Args) -> None:
     plt.switch_backend("Agg")
-    with ProcessPoolExecutor(
-        len(args.rows), mp_context=multiprocessing.get_context("spawn")
-    ) as pool:
+    with processes(len(args.rows)) as pool:
         rows = dict(zip(args.rows, pool.map(work, args.rows, [args] * len(args.rows))))
     figure, axes = plt.subplots(len(rows), 4, squeeze=False, layout="constrained")
     figure.set_size_inches(13.6, 4.05 * len(rows) + 0.5)

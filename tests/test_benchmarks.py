@@ -43,6 +43,17 @@ def test_each_program_is_in_the_readme_and_each_that_it_names_exists():
                 assert (ROOT / word).exists(), word
 
 
+def test_an_interrupted_program_ends_with_one_sentence():
+    command = [sys.executable, "-c", "import root; raise KeyboardInterrupt"]
+    run = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert run.stderr == "error: interrupted\n"
+
+    command[-1] = "import root; raise RuntimeError('all others keep their traceback')"
+    run = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True)
+    assert "Traceback" in run.stderr and "all others" in run.stderr
+
+
 # ------------------------------------------------------------------------------------ cloning
 
 
