@@ -231,7 +231,7 @@ class NoisePredictor(nn.Module):
 
     def forward(self, obs: Tensor, x: Tensor, t: Tensor | int) -> Tensor:
         time_embedding = self.time2(mish(self.time1(self.time_features[t])))
-        time_embedding = time_embedding.expand(len(obs), -1)  # [B, 32], also for a single t
+        time_embedding = time_embedding.expand(obs.shape[0], -1)  # [B, 32], also for a single t
         h = mish(self.layer1(torch.cat([obs, x, time_embedding], dim=1)))
         h = mish(self.layer2(h))
         h = mish(self.layer3(h))

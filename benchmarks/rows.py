@@ -106,6 +106,10 @@ def make_row(folder: Path, label: str, result: dict, facts: dict, metrics: list[
             evaluations.append((update, float(score)))
         if update > 0 and row.get("time/updates_per_s"):
             speeds.append(float(row["time/updates_per_s"]))
+    command = facts.get("command") or command_of(result["algorithm"], args)
+    source = result["dataset"].split("/")[0]
+    if args.get("data") == "auto" and source in ("bundled", "d4rl"):
+        command += f" --data {source}"  # auto may take another one elsewhere
     kind = "normalized_score" if "normalized_score_best" in result else "return"
     final = result.get(f"final_{kind}")
     run = {
@@ -122,7 +126,7 @@ def make_row(folder: Path, label: str, result: dict, facts: dict, metrics: list[
         "versions": result.get("versions"),
         "device": result.get("device"),
         "commit": commit_of(facts.get("sha256", {})),
-        "command": facts.get("command") or command_of(result["algorithm"], args),
+        "command": command,
         "arguments": folder / "args.json",
         "args": args,
     }

@@ -352,6 +352,23 @@ def test_the_command_of_a_run_makes_it_again():
     )
 
 
+@pytest.mark.parametrize(
+    ("data", "dataset", "ending"),
+    [
+        ("auto", "bundled/hopper-medium-replay", " --data bundled"),
+        ("auto", HOPPER, " --data d4rl"),
+        ("bundled", "bundled/hopper-medium-replay", " --data bundled"),
+        ("d4rl", HOPPER, " --data d4rl"),
+        ("auto", "minari/mujoco/hopper/medium-v0", ""),
+    ],
+)
+def test_the_command_names_the_data_that_auto_took(data, dataset, ending, tmp_path):
+    folder = write_run(tmp_path, [1, 2], dataset=dataset, data=data)
+    command = rows.read_run(folder)["command"]
+    assert command.count("--data") == (1 if ending else 0)
+    assert ending in command
+
+
 # ----------------------------------------------------------------- records
 
 

@@ -73,12 +73,13 @@ def test_a_policy_acts_and_is_exported_as_the_readme_says(tmp_path, monkeypatch)
     torch.save(content, "checkpoint.pt")
     names = {}
     exec(block, names)
-    assert names["actions"].shape == (1, 3)
+    assert names["actions"].shape == (2, 3)
     exported = torch.export.load("policy.pt2").module()
-    obs = torch.randn(1, 11)
-    noise = torch.randn(5, 1, 3)
-    expected = dac.sample_actions(agent.actor, obs, noise, agent.schedule)
-    torch.testing.assert_close(exported(obs, noise), expected)
+    for size in (1, 7):
+        obs = torch.randn(size, 11)
+        noise = torch.randn(5, size, 3)
+        expected = dac.sample_actions(agent.actor, obs, noise, agent.schedule)
+        torch.testing.assert_close(exported(obs, noise), expected)
 
 
 def requirements() -> dict[str, str]:
