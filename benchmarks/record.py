@@ -1,7 +1,7 @@
 """Records finished runs as curves, a table and a picture, small enough for git.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/record.py runs/hopper-medium/dac/seed0-* --out benchmarks/results/dac-150k
+    python benchmarks/record.py runs/hopper-medium/dac/seed0-* --out benchmarks/results/my-dac
 
 For each run it writes <task>-<name>-seed<k>.csv (its metrics) and .json (its arguments); the name
 is the run's label or else its algorithm. For all runs it writes results.csv, which report.py
