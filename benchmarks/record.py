@@ -66,18 +66,23 @@ def keep(folder: Path, label: str, out: Path, taken: set[str]) -> tuple[dict, li
 
 
 def draw(runs: list[dict], curves: list[list[dict]], panels: tuple[str, ...], path: Path) -> None:
-    """A line of panels per task, a curve per run."""
+    """A line of panels per task, a curve per run; the seeds of one name share a colour."""
     tasks = sorted({run["env"] for run in runs})
+    names = list(dict.fromkeys(run["label"] or run["algorithm"] for run in runs))
+    colours = {name: f"C{i}" for i, name in enumerate(names)}
     figure, axes = plt.subplots(len(tasks), len(panels), squeeze=False)
     figure.set_size_inches(4 * len(panels), 3 * len(tasks))
     for line, task in zip(axes, tasks):
         own = [(run, rows) for run, rows in zip(runs, curves) if run["env"] == task]
         for axis, panel in zip(line, panels):
-            for i, (run, rows) in enumerate(own):
-                label = f"{run['label'] or run['algorithm']}, seed {run['seed']}"
+            drawn = set()
+            for run, rows in own:
+                name = run["label"] or run["algorithm"]
+                label = None if name in drawn else name  # a name stands in the legend once
+                drawn.add(name)
                 steps = [int(row["step"]) for row in rows if row.get(panel)]
                 values = [row[panel] for row in rows if row.get(panel)]
-                axis.plot(steps, values, color=f"C{i}", label=label, linewidth=1)
+                axis.plot(steps, values, color=colours[name], label=label, linewidth=1)
                 if panel == "eval/normalized_score" and run["behaviour"] is not None:
                     axis.axhline(run["behaviour"], color="grey", linestyle=":", linewidth=1)
             axis.set(title=panel, xlabel="updates of all stages")
@@ -86,7 +91,7 @@ def draw(runs: list[dict], curves: list[list[dict]], panels: tuple[str, ...], pa
                 axis.set_yscale("log")
         line[0].set_ylabel(task)
         line[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle("dotted: mean score of the data", fontsize=8)
+    figure.suptitle("one line per seed; dotted: mean score of the data", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
