@@ -1,6 +1,7 @@
 """The repository itself: the README's commands and table, requirements, the form of the scripts."""
 
 import ast
+import csv
 import re
 import shlex
 from dataclasses import asdict
@@ -241,6 +242,28 @@ def test_bundled_samples_are_those_of_their_readme():
     ):  # 0.7 to 1.4 times the mean return of D4RL's file
         _, info = common.load_dataset(path.stem, "bundled")
         assert info["transitions"] >= 100_000 and low <= info["mean_return"] <= high
+
+
+def test_each_score_of_the_readme_has_its_row_in_the_report():
+    """Its table of results: the data, their mean, then a column per algorithm."""
+    titles_of = {"cloning-dac": "cloning", "td3_bc": "TD3+BC"}
+    known = set()
+    for path in ROOT.glob("benchmarks/report/results-*.csv"):
+        for row in csv.DictReader(path.read_text().splitlines()):
+            name = row["algorithm"].split()[0]
+            title = titles_of.get(name, name.upper())
+            data = (f"`{row['task']}`", f"{float(row['behaviour'] or 0):.1f}")
+            score = f"{float(row['mean']):.1f}"
+            if row["mean_std"]:  # the population's; README has the standard error
+                score += f" ± {float(row['mean_std']) / (int(row['seeds']) - 1) ** 0.5:.1f}"
+            known.add((*data, title, f"{int(row['policy_updates']):,}", score))
+    lines = README.split("## Results so far")[1].split("\n## ")[0].splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    titles, _, updates, *tasks = table
+    assert len(tasks) >= 2
+    for task, mean, *scores in tasks:
+        for title, length, score in zip(titles[2:], updates[2:], scores):
+            assert not score or (task, mean, title, length, score) in known, (task, title)
 
 
 def test_no_placeholder_is_left_in_the_documents():
