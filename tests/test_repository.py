@@ -261,7 +261,8 @@ def test_each_score_of_the_readme_has_its_row_in_the_report():
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
     titles, _, updates, *tasks = table
     assert len(tasks) >= 2
-    for task, mean, *scores in tasks:
+    for data, mean, *scores in tasks:
+        task = data.split(",")[0]  # what follows says which data stand in for it
         for title, length, score in zip(titles[2:], updates[2:], scores):
             assert not score or (task, mean, title, length, score) in known, (task, title)
 
