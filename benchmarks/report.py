@@ -416,14 +416,29 @@ def aggregates(places: dict, colours: dict[str, tuple], folder: Path, kind: str,
 # ---------------------------------------------------------------- pictures
 
 
+def names_in_pictures(places: dict) -> dict[str, str]:
+    """{label: name}, without the record unless a panel would then have one name twice."""
+    names = {}
+    for by_label in places.values():
+        for label, runs in by_label.items():
+            record = runs[0].get("record")
+            names[label] = label if record is None else label.removesuffix(f" ({record.name})")
+    for by_label in places.values():
+        if len({names[label] for label in by_label}) < len(by_label):
+            return {label: label for label in names}
+    return names
+
+
 def draw_curves(places: dict, colours: dict[str, tuple], path: Path, reps: int) -> None:
     """A panel per place: means over seeds, their 95 % intervals and, dotted, the data's mean."""
+    names = names_in_pictures(places)
+    legend = {names[label]: colour for label, colour in colours.items()}
     width = min(3, len(places))
     height = -(-len(places) // width)
     figure, axes = plt.subplots(height, width, squeeze=False, layout="constrained")
-    entry = 0.5 + 0.065 * max(map(len, colours))  # inches of a line and its label
+    entry = 0.5 + 0.065 * max(map(len, legend))  # inches of a line and its label
     columns = max(1, int(4 * width / entry))
-    legend_lines = -(-len(colours) // columns)
+    legend_lines = -(-len(legend) // columns)
     figure.set_size_inches(4 * width, 2.8 * height + 0.2 * legend_lines)
     for axis in axes.flat[len(places) :]:
         axis.axis("off")
@@ -442,7 +457,7 @@ def draw_curves(places: dict, colours: dict[str, tuple], path: Path, reps: int) 
         title = f"{place.task}\n{place.dataset} {place.sha256[:8]}"
         axis.set(title=title, xlabel="policy updates", ylabel="score")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    lines = [plt.Line2D([], [], color=color, label=label) for label, color in colours.items()]
+    lines = [plt.Line2D([], [], color=colour, label=name) for name, colour in legend.items()]
     figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -469,9 +484,11 @@ def draw_profiles(samples: dict, colours: dict[str, tuple], path: Path, reps: in
 
 def section(kind: str, places: dict, args: Args, folder: Path) -> list[str]:
     """The part of the page on one kind of data, as paragraphs."""
-    labels = sorted({label for by_label in places.values() for label in by_label})
-    palette = matplotlib.colormaps["tab10" if len(labels) <= 10 else "tab20"].colors
-    colours = {label: palette[i % len(palette)] for i, label in enumerate(labels)}
+    names = names_in_pictures(places)
+    shown = sorted(set(names.values()))
+    pairs = matplotlib.colormaps["tab20"].colors  # ten strong colours, each before its pale one
+    palette = pairs[::2] + pairs[1::2]
+    colours = {label: palette[shown.index(names[label]) % len(palette)] for label in sorted(names)}
     rows = []
     for place, by_label in places.items():
         for label, runs in by_label.items():

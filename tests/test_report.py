@@ -408,6 +408,23 @@ def test_recorded_runs_need_no_folders_and_lead_to_their_commands(tmp_path):
         record.main(record.Args((folders[0], folders[2]), kept))
 
 
+def test_records_share_a_colour_unless_a_panel_has_one_name_twice():
+    def run(folder):
+        return [{"record": Path("results") / folder} if folder else {}]
+
+    one = {"dac (a)": run("a"), "iql (a)": run("a"), "cped": run(None)}
+    two = {"dac (b)": run("b"), "dac --quick (c)": run("c")}
+    assert report.names_in_pictures({"one": one, "two": two}) == {
+        "dac (a)": "dac",
+        "dac (b)": "dac",
+        "iql (a)": "iql",
+        "cped": "cped",
+        "dac --quick (c)": "dac --quick",
+    }
+    labels = {**one, **two}
+    assert report.names_in_pictures({"one": labels}) == {label: label for label in labels}
+
+
 @pytest.mark.parametrize("broken", ["result.json", "args.json", "metrics.csv"])
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"args": {}}', "step\nx\n"])
 def test_a_broken_run_folder_is_one_sentence(broken, content, tmp_path):
