@@ -429,9 +429,13 @@ def names_in_pictures(places: dict) -> dict[str, str]:
     return names
 
 
-def draw_curves(places: dict, colours: dict[str, tuple], path: Path, reps: int) -> None:
-    """A panel per place: means over seeds, their 95 % intervals and, dotted, the data's mean."""
-    names = names_in_pictures(places)
+def draw_curves(
+    places: dict, names: dict[str, str], colours: dict[str, tuple], path: Path, reps: int
+) -> None:
+    """A panel per place: means over seeds, their 95 % intervals and, dotted, the data's mean.
+
+    names, colours: of each label; the legend shows the names.
+    """
     legend = {names[label]: colour for label, colour in colours.items()}
     width = min(3, len(places))
     height = -(-len(places) // width)
@@ -501,7 +505,7 @@ def section(kind: str, places: dict, args: Args, folder: Path) -> list[str]:
         columns = list(dict.fromkeys(row["dataset"].removeprefix("d4rl/") for row in rows))
         beside = published_tables(rows, columns, folder / "beside-published.csv")
         parts += ["### Beside published scores", BESIDE, beside]
-    draw_curves(places, colours, folder / f"curves-{kind}.svg", args.reps)
+    draw_curves(places, names, colours, folder / f"curves-{kind}.svg", args.reps)
     parts += ["### Learning curves", f"![learning curves]({folder.name}/curves-{kind}.svg)"]
     parts += ["Means over seeds with 95 % intervals; dotted: the mean score of the data."]
     parts += ["### All tasks together", aggregates(places, colours, folder, kind, args.reps)]
