@@ -32,6 +32,15 @@ from common import load_dataset
 
 # standard deviations of the noise on the data's actions, which are clipped to [-1, 1] afterwards
 NOISES = (0.1, 0.3, 1.0)
+CALIBRATION_LABELS = {
+    "windows": "windows",
+    "correlation": "correlation of mean sample and return",
+    "bias": "mean sample minus return, mean",
+    "rms_error": "mean sample minus return, root mean square",
+    "mean_H": "H, mean",
+    "rank_correlation_of_H_and_error": "rank correlation of H and the absolute error",
+    "inside_90_percent_interval": "share of returns inside the samples' 90 % interval",
+}
 
 
 @dataclass
@@ -194,17 +203,18 @@ def markdown(name: str, result: dict) -> str:
     low, high = result["q_range"]
     lines += [
         "",
-        f"Spread at the data's actions, median: teacher {spread['teacher_median']:.2f},",
-        f"student {spread['student_median']:.2f};",
-        f"rank correlation {spread['rank_correlation']:.2f}. Of all samples",
-        f"{result['samples_inside_range']:.1%} are inside the data's range",
-        f"{low:.1f} to {high:.1f}.",
+        f"The median spread at the data's actions is {spread['teacher_median']:.2f} for the teacher"
+        f" and {spread['student_median']:.2f} for the student; their rank correlation over states"
+        f" is {spread['rank_correlation']:.2f}.",
+        f"Of all samples {result['samples_inside_range']:.1%} are inside the data's range"
+        f" {low:.1f} to {high:.1f}.",
         "",
-        "| windows between two training windows | value |",
+        "| mean sample against the true return of windows not trained on | |",
         "|---|---|",
     ]
     for key, value in result["calibration"].items():
-        lines.append(f"| {key.replace('_', ' ')} | {value:.3g} |")
+        text = f"{value:,}" if key == "windows" else f"{value:.3g}"
+        lines.append(f"| {CALIBRATION_LABELS[key]} | {text} |")
     return "\n".join(lines) + "\n"
 
 
