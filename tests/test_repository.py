@@ -245,7 +245,10 @@ def test_bundled_samples_are_those_of_their_readme():
 
 
 def test_each_score_of_the_readme_has_its_row_in_the_report():
-    """Its table of results: the data, their mean, then a column per algorithm."""
+    """Its table of results: the data, their mean, then a column per algorithm.
+
+    The first row has the policy updates of each column; a row may name its own.
+    """
     titles_of = {"cloning-dac": "cloning", "td3_bc": "TD3+BC"}
     known = set()
     for path in ROOT.glob("benchmarks/report/results-*.csv"):
@@ -263,7 +266,9 @@ def test_each_score_of_the_readme_has_its_row_in_the_report():
     assert len(tasks) >= 2
     for data, mean, *scores in tasks:
         task = data.split(",")[0]  # what follows says which data stand in for it
-        for title, length, score in zip(titles[2:], updates[2:], scores):
+        own = re.search(r"([\d,]+) updates", data)
+        lengths = [own[1]] * len(scores) if own else updates[2:]
+        for title, length, score in zip(titles[2:], lengths, scores):
             assert not score or (task, mean, title, length, score) in known, (task, title)
 
 
